@@ -1,0 +1,47 @@
+# Every target sets itself up: .venv is made once and again whenever the requirements change.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# The machine may have several GB of CUDA builds on offer; constraints.txt pins the one we test.
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+
+.PHONY: demo test check docs clean format
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.run: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(PIP) -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.run
+	$(PIP) -e ".[dev]"
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.run
+	$(PIP) -e ".[docs]"
+	@touch $@
+
+demo: $(VENV)/.run
+	$(BIN)/eigendamage demo
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.dev $(VENV)/.docs
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+	$(BIN)/python -m mkdocs build --strict --quiet --site-dir $(VENV)/site
+	$(BIN)/python -m pytest
+
+docs: $(VENV)/.docs
+	$(BIN)/python -m mkdocs build --strict --site-dir site
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) site dist build .pytest_cache .ruff_cache

@@ -1,0 +1,5 @@
+"""``python -m eigendamage``."""
+
+from eigendamage.cli import main
+
+main()

@@ -1,0 +1,267 @@
+"""What a user calls data, as batches a model can be called with."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from eigendamage.errors import DataError, LossError, NonFiniteError
+
+Data = Iterable[Any] | Tensor
+"""An iterable of batches: tensors, (input, label) pairs or dicts. A lone tensor is one batch."""
+
+LABEL_KEYS = ("labels", "label", "targets", "target")
+_DATASET_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One call of the model: its arguments, the targets if any, and how many examples it holds."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    target: Tensor | None
+    size: int
+
+    def first(self, count: int) -> Batch:
+        """The same batch with its first ``count`` examples only."""
+
+        def head(x: Tensor) -> Tensor:
+            return x[:count] if x.ndim > 0 and x.shape[0] == self.size else x
+
+        return Batch(
+            tuple(_map_tensors(a, head) for a in self.args),
+            {k: _map_tensors(v, head) for k, v in self.kwargs.items()},
+            None if self.target is None else self.target[:count],
+            min(count, self.size),
+        )
+
+
+class Batches:
+    """Data that can be gone through several times, on one device, cut off after ``limit`` examples.
+
+    A one-shot iterator (a generator, say) is kept in memory on the first pass, because most of what
+    is built on curvature needs two. Iterating raises :class:`DataError` if there is no example, and
+    :class:`NonFiniteError` where an input has a NaN or an infinity.
+    """
+
+    def __init__(self, data: Data, device: torch.device, limit: int | None = None) -> None:
+        if limit is not None and limit < 1:
+            raise DataError(f"max_examples is {limit}; at least one example is needed")
+        self._source = _as_iterable(data)
+        self._device = device
+        self._limit = limit
+
+    def __iter__(self) -> Iterator[Batch]:
+        seen = 0
+        for index, raw in enumerate(self._source):
+            batch = as_batch(raw, index, self._device)
+            if self._limit is not None and seen + batch.size > self._limit:
+                batch = batch.first(self._limit - seen)
+            seen += batch.size
+            yield batch
+            if self._limit is not None and seen >= self._limit:
+                return
+        if seen == 0:
+            raise DataError(
+                "the data has no example: the iterable ended before its first batch. "
+                "If it is a generator that was used before, make a new one or pass a list."
+            )
+
+    def peek(self) -> Batch:
+        """The first batch, without using it up."""
+        return next(iter(self))
+
+    def __len__(self) -> int:
+        """Number of batches, 0 where it is not known before a pass."""
+        try:
+            count = len(cast(Sized, self._source))
+        except TypeError:
+            return 0
+        return count
+
+
+def _as_iterable(data: Data) -> Iterable[Any]:
+    if isinstance(data, Tensor | Mapping):
+        return [data]
+    if _is_input_label_pair(data):
+        return [data]
+    if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
+        return DataLoader(cast("Dataset[Any]", data), batch_size=_DATASET_BATCH)
+    if isinstance(data, Iterator):
+        return list(data)
+    if not isinstance(data, Iterable):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise DataError(
+            f"data must be an iterable of batches (tensors, (input, label) pairs or dicts), "
+            f"found {type(data).__name__}"
+        )
+    return data
+
+
+def _is_input_label_pair(data: object) -> bool:
+    """Whether a tuple is one (input, label) batch rather than two batches of inputs."""
+    if not isinstance(data, tuple):
+        return False
+    items = cast("tuple[object, ...]", data)
+    if len(items) != 2:
+        return False
+    first, second = items
+    return (
+        isinstance(first, Tensor)
+        and isinstance(second, Tensor)
+        and first.ndim > 0
+        and second.ndim > 0
+        and first.shape[0] == second.shape[0]
+        and (first.dtype != second.dtype or first.ndim != second.ndim)
+    )
+
+
+def as_batch(raw: object, index: int, device: torch.device) -> Batch:
+    """One item of the user's data as a :class:`Batch` on ``device``.
+
+    Raises:
+        DataError: if the item is neither a tensor, an (input, label) pair nor a dict of tensors.
+        NonFiniteError: if an input holds a NaN or an infinity.
+    """
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}
+    target: object = None
+    if isinstance(raw, Tensor):
+        args = (raw,)
+    elif isinstance(raw, Mapping):
+        kwargs = {str(k): v for k, v in cast("Mapping[object, Any]", raw).items()}
+        for key in LABEL_KEYS:
+            if key in kwargs:
+                target = kwargs.pop(key)
+                break
+    elif isinstance(raw, list | tuple):
+        items = cast("list[Any] | tuple[Any, ...]", raw)
+        if len(items) not in (1, 2):
+            raise DataError(
+                f"batch {index} is a {type(raw).__name__} of {len(items)} items; expected an "
+                f"input or an (input, label) pair. For several inputs use a dict of keyword "
+                f"arguments."
+            )
+        if isinstance(items[0], Mapping):
+            kwargs = {str(k): v for k, v in cast("Mapping[object, Any]", items[0]).items()}
+        else:
+            args = (items[0],)
+        target = items[1] if len(items) == 2 else None
+    else:
+        raise DataError(
+            f"batch {index} is a {type(raw).__name__}; expected a tensor, an (input, label) pair "
+            f"or a dict of tensors"
+        )
+
+    def move(x: Tensor) -> Tensor:
+        return x.detach().to(device, non_blocking=True)
+
+    args = tuple(_map_tensors(a, move) for a in args)
+    kwargs = {k: _map_tensors(v, move) for k, v in kwargs.items()}
+    if target is not None and not isinstance(target, Tensor):
+        target = torch.as_tensor(target)
+    moved_target = None if target is None else move(target)
+    size = _batch_size(args, kwargs, index)
+    if moved_target is not None and (moved_target.ndim == 0 or moved_target.shape[0] != size):
+        raise DataError(
+            f"batch {index} has {size} inputs but labels of shape {tuple(moved_target.shape)}; "
+            f"the first axis of both must be the batch"
+        )
+    _refuse_non_finite(args, kwargs, index)
+    return Batch(args, kwargs, moved_target, size)
+
+
+def _map_tensors(item: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(item, Tensor):
+        return function(item)
+    if isinstance(item, list | tuple):
+        items = cast("list[Any] | tuple[Any, ...]", item)
+        mapped = [_map_tensors(x, function) for x in items]
+        return mapped if isinstance(items, list) else tuple(mapped)
+    if isinstance(item, Mapping):
+        return {k: _map_tensors(v, function) for k, v in cast("Mapping[Any, Any]", item).items()}
+    return item
+
+
+def _tensors(item: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+
+    def keep(x: Tensor) -> Tensor:
+        found.append(x)
+        return x
+
+    _map_tensors(item, keep)
+    return found
+
+
+def _batch_size(args: tuple[Any, ...], kwargs: Mapping[str, Any], index: int) -> int:
+    for tensor in _tensors([*args, *kwargs.values()]):
+        if tensor.ndim > 0:
+            if tensor.shape[0] == 0:
+                raise DataError(
+                    f"batch {index} is empty: its input has shape {tuple(tensor.shape)}"
+                )
+            return tensor.shape[0]
+    raise DataError(f"batch {index} holds no tensor with a batch axis")
+
+
+def _refuse_non_finite(args: tuple[Any, ...], kwargs: Mapping[str, Any], index: int) -> None:
+    named = [("the input", a) for a in args] + [(f"the input '{k}'", v) for k, v in kwargs.items()]
+    for name, item in named:
+        for tensor in _tensors(item):
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                bad = int((~torch.isfinite(tensor)).sum())
+                raise NonFiniteError(
+                    f"{name} of batch {index} holds {bad} NaN or infinite values of "
+                    f"{tensor.numel()}; clean the data first"
+                )
+
+
+def call(model: nn.Module, batch: Batch) -> Any:
+    """The model's raw output on a batch.
+
+    A dict with one tensor under a name that ``forward`` does not know is passed by position.
+    """
+    if len(batch.kwargs) == 1 and not batch.args:
+        (name, value) = next(iter(batch.kwargs.items()))
+        parameters = inspect.signature(model.forward).parameters
+        takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        if name not in parameters and not takes_any:
+            return model(value)
+    return model(*batch.args, **batch.kwargs)
+
+
+def logits_of(output: Any) -> Tensor:
+    """The tensor that the loss is taken of: the output, its ``.logits``, or its first item.
+
+    Raises:
+        LossError: if the output holds no floating-point tensor there.
+    """
+    found: Any = output
+    if isinstance(output, Mapping):
+        found = cast("Mapping[str, Any]", output).get("logits")
+    elif hasattr(output, "logits"):
+        found = output.logits
+    elif isinstance(output, list | tuple):
+        items = cast("list[Any] | tuple[Any, ...]", output)
+        found = items[0] if items else None
+    if not isinstance(found, Tensor) or not found.is_floating_point():
+        raise LossError(
+            f"the model returned {type(output).__name__}; expected a floating-point tensor, an "
+            f"object with .logits, or a tuple that starts with one. Wrap the model so that its "
+            f"forward returns the logits."
+        )
+    return found
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device of the model's first parameter or buffer, the CPU if it has none."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return torch.device("cpu")

@@ -1,0 +1,93 @@
+"""eigendamage compress: a model and images in, a smaller model and a report out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+from rich.console import Console
+from safetensors.torch import save_file
+
+from eigendamage.cli._sources import load_data, load_model
+from eigendamage.compress import Compressed, compress
+from eigendamage.curvature import EigenvalueKind, Fisher, save_curvature
+from eigendamage.files import written_beside
+from eigendamage.plan import Budget
+from eigendamage.report import print_report
+
+
+def compress_command(
+    model: str = typer.Option(..., help="zoo:NAME or module:callable that returns a module."),
+    data: str = typer.Option(
+        ...,
+        help="Folder, .zip (train/CLASS/*.jpg, test/…; labels optional), .npz, or module:callable.",
+    ),
+    out: Path = typer.Option(..., help="Folder for the result; made if it is not there."),
+    weights: Path | None = typer.Option(None, help="Trained weights, .safetensors or .pt."),
+    macs: float | None = typer.Option(None, help="Fraction of the multiply-accumulates to leave."),
+    params: float | None = typer.Option(None, help="Fraction of the parameters to leave."),
+    ratio: float | None = typer.Option(None, help="Fraction of all rows and columns to remove."),
+    method: str = typer.Option("eigendamage", help="How to choose what goes."),
+    fisher: Fisher = typer.Option("mc", help="Labels of the curvature."),
+    eigenvalues: EigenvalueKind = typer.Option(
+        "ekfac", help="Price by λ, or by K-FAC's products (as the paper)."
+    ),
+    max_ratio: float = typer.Option(0.95, help="The most of one side of a layer that may go."),
+    ignore: list[str] = typer.Option([], help="Pattern of layers to leave alone; may be repeated."),
+    examples: int = typer.Option(2000, help="The most images to take the curvature on."),
+    test_examples: int | None = typer.Option(None, help="The most images to measure on."),
+    batch_size: int = typer.Option(128, help="Images a batch."),
+    recalibrate: bool = typer.Option(True, help="Measure batch norm's statistics again."),
+    seed: int = typer.Option(0, help="Of the choice of images and of label draws."),
+    as_json: bool = typer.Option(False, "--json", help="Print the report as JSON."),
+    quiet: bool = typer.Option(False, help="No progress, no tables."),
+) -> None:
+    """Compress a trained model to a budget and report what it cost.
+
+    The folder OUT gets model.safetensors (the weights of the smaller model), plan.json,
+    report.json and curvature.safetensors; the latter and the plan rebuild the smaller model from
+    the original one (eigendamage.apply_plan).
+    """
+    budget = Budget(macs=macs, params=params, ratio=ratio)
+    network = load_model(model, weights)
+    images = load_data(
+        data,
+        examples=examples,
+        batch_size=batch_size,
+        seed=seed,
+        test_examples=test_examples,
+    )
+    result = compress(
+        network,
+        images.data,
+        budget=budget,
+        method=method,
+        eval_data=images.eval_data,
+        fisher=fisher,
+        eigenvalues=eigenvalues,
+        max_ratio=max_ratio,
+        ignore=ignore,
+        max_examples=examples,
+        recalibrate=recalibrate,
+        seed=seed,
+        progress=not quiet,
+    )
+    _write(result, out)
+    if as_json:
+        typer.echo(result.report.model_dump_json(indent=1))
+    elif not quiet:
+        console = Console()
+        print_report(result.report, console)
+        if images.where:
+            console.print(f"Measured on {images.where}.")
+        console.print(f"Written to {out}.")
+
+
+def _write(result: Compressed, out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    tensors = {k: v.detach().cpu().contiguous() for k, v in result.model.state_dict().items()}
+    with written_beside(out / "model.safetensors") as beside:
+        save_file(tensors, beside)
+    save_curvature(result.curvature, out / "curvature.safetensors")
+    result.plan.save(out / "plan.json")
+    result.report.save(out / "report.json")

@@ -1,0 +1,214 @@
+"""compress: curvature, plan, surgery, batch norm, report, in one call."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from eigendamage.batches import Batches, Data, device_of
+from eigendamage.curvature import (
+    Curvature,
+    EigenvalueKind,
+    Fisher,
+    Loss,
+    calibration_table,
+    estimate_curvature,
+)
+from eigendamage.measure import count, evaluate
+from eigendamage.plan import Budget, FormChoice, Plan, make_plan
+from eigendamage.report import (
+    Environment,
+    Measured,
+    Report,
+    calibration_by_layer,
+    layer_reports,
+)
+from eigendamage.surgery import apply_plan, recalibrate_batchnorm
+
+
+@dataclass(frozen=True, eq=False)
+class Compressed:
+    """What :func:`compress` returns.
+
+    Attributes:
+        model: the smaller model, a plain module.
+        plan: what was done to each layer.
+        curvature: what it was decided by; another budget needs no new one.
+        report: what was expected and what was measured.
+    """
+
+    model: nn.Module
+    plan: Plan
+    curvature: Curvature
+    report: Report
+
+
+def compress(
+    model: nn.Module,
+    data: Data,
+    *,
+    budget: Budget,
+    method: str = "eigendamage",
+    eval_data: Data | None = None,
+    curvature: Curvature | None = None,
+    loss: Loss = "cross_entropy",
+    fisher: Fisher = "mc",
+    eigenvalues: EigenvalueKind = "ekfac",
+    max_ratio: float = 0.95,
+    form: FormChoice = "cheapest",
+    ignore: Iterable[str] = (),
+    max_examples: int | None = None,
+    recalibrate: bool = True,
+    calibration_examples: int = 64,
+    reduction: Literal["mean", "sum"] = "mean",
+    seed: int = 0,
+    progress: bool = True,
+) -> Compressed:
+    """Make a trained model smaller by its curvature. The model given is not changed.
+
+    Args:
+        model: the trained network.
+        data: some of its inputs in batches; labels are not needed unless ``fisher="empirical"``.
+        budget: how small the result has to be.
+        method: see :func:`make_plan`.
+        eval_data: held-out batches to measure on; ``data`` itself if there is none, which the
+            report then says. Nothing is chosen by it.
+        curvature: of this model, if it was estimated before; saves the passes over the data.
+        loss: see :func:`estimate_curvature`; likewise ``fisher``, ``eigenvalues``,
+            ``max_examples``, ``reduction`` and ``seed``.
+        fisher: which labels.
+        eigenvalues: λ, or the paper's Λ_S Λ_A.
+        max_ratio: see :func:`make_plan`.
+        form: see :func:`make_plan`.
+        ignore: shell patterns over dotted paths of layers to leave alone.
+        max_examples: the most examples of ``data`` to use.
+        recalibrate: measure batch norm's statistics again on ``data``, without labels.
+        calibration_examples: how many examples the calibration table is made of; 0 for none.
+        reduction: what a loss function that returns one number has done over the batch.
+        seed: of the label draws.
+        progress: whether to show progress.
+
+    Returns:
+        The smaller model with its plan, curvature and report. A budget that asks for no change
+        returns a copy of the model, and the report's notes say so.
+
+    Raises:
+        EigenDamageError: one of its subclasses, as :func:`estimate_curvature` and
+            :func:`make_plan` say.
+    """
+    clock = _Clock()
+    ignored = (ignore,) if isinstance(ignore, str) else tuple(ignore)
+    # One view of the data for all stages: a generator is used up by the first.
+    data = list(data) if isinstance(data, Iterator) else data
+    if eval_data is not None and isinstance(eval_data, Iterator):
+        eval_data = list(eval_data)
+    if curvature is None:
+        with clock.stage("curvature"):
+            curvature = estimate_curvature(
+                model,
+                data,
+                loss=loss,
+                fisher=fisher,
+                eigenvalues=eigenvalues,
+                ignore=ignored,
+                max_examples=max_examples,
+                reduction=reduction,
+                seed=seed,
+                progress=progress,
+            )
+            ignored = ()
+    with clock.stage("plan"):
+        plan = make_plan(
+            model,
+            curvature,
+            budget,
+            method=method,
+            max_ratio=max_ratio,
+            form=form,
+            eigenvalues=eigenvalues if curvature.kind == "ekfac" else None,
+            ignore=ignored,
+        )
+    with clock.stage("surgery"):
+        small = apply_plan(model, plan, curvature)
+
+    measured_on: Data = data if eval_data is None else eval_data
+    limit = max_examples if eval_data is None else None
+
+    def measure(candidate: nn.Module, reference: nn.Module | None) -> tuple[Measured, int]:
+        with clock.stage("measurement"):
+            found = evaluate(
+                candidate,
+                measured_on,
+                loss=loss,
+                reference=reference,
+                max_examples=limit,
+                progress=progress,
+            )
+        return Measured.of(found), found.examples
+
+    original, examples = measure(model, None)
+    compressed, _ = measure(small, model)
+    recalibrated: Measured | None = None
+    if recalibrate and plan.changed:
+        with clock.stage("batch norm"):
+            norms = recalibrate_batchnorm(small, data, max_examples=max_examples, progress=progress)
+        if norms:
+            recalibrated, _ = measure(small, model)
+    rows = []
+    if calibration_examples:
+        with clock.stage("calibration table"):
+            rows = calibration_table(
+                model,
+                data,
+                curvature,
+                loss=loss,
+                examples=calibration_examples,
+                reduction=reduction,
+                seed=seed,
+            )
+    peek = Batches(data, device_of(model)).peek()
+    one = [{**peek.kwargs}] if peek.kwargs else [peek.args[0]]
+    before, after = count(model, one), count(small, one)
+    report = Report(
+        model=type(model).__name__,
+        method=plan.method,
+        budget=str(budget),
+        ratio=plan.ratio,
+        macs=(before.macs, after.macs),
+        parameters=(before.parameters, after.parameters),
+        examples=curvature.examples,
+        predicted=plan.price,
+        measured_on="data" if eval_data is None else "eval_data",
+        measured_examples=examples,
+        original=original,
+        compressed=compressed,
+        recalibrated=recalibrated,
+        layers=layer_reports(plan),
+        left_alone=plan.left_alone,
+        calibration=calibration_by_layer(rows),
+        seconds=clock.seconds,
+        environment=Environment.here(device_of(model), seed),
+        notes=plan.notes,
+    )
+    return Compressed(small, plan, curvature, report)
+
+
+class _Clock:
+    """Adds up wall time by stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Generator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - start
+            self.seconds[name] = self.seconds.get(name, 0.0) + spent

@@ -1,0 +1,33 @@
+"""The Fisher of every layer, in Kronecker factors and in their eigenbasis."""
+
+from eigendamage.curvature._calibration import CalibrationRow, calibration_table
+from eigendamage.curvature._capture import preserved_random_state
+from eigendamage.curvature._curvature import Curvature, EigenvalueKind, LayerCurvature
+from eigendamage.curvature._ekfac import eigenvalue_sum
+from eigendamage.curvature._estimate import estimate_curvature
+from eigendamage.curvature._factors import eigenbasis, gram, homogeneous, input_moments
+from eigendamage.curvature._store import load_curvature, save_curvature
+from eigendamage.curvature._targets import CrossEntropy, CustomLoss, Fisher, Head, Loss, head_of
+
+__all__ = [
+    "CalibrationRow",
+    "CrossEntropy",
+    "Curvature",
+    "CustomLoss",
+    "EigenvalueKind",
+    "Fisher",
+    "Head",
+    "LayerCurvature",
+    "Loss",
+    "calibration_table",
+    "eigenbasis",
+    "eigenvalue_sum",
+    "estimate_curvature",
+    "gram",
+    "head_of",
+    "homogeneous",
+    "input_moments",
+    "load_curvature",
+    "preserved_random_state",
+    "save_curvature",
+]

@@ -1,0 +1,219 @@
+"""Hooks that hand each call's input and output gradient to a sink, and leave no trace."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, Generic, Protocol, TypeVar
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from eigendamage.batches import Batch, call, logits_of
+from eigendamage.errors import LayerError
+from eigendamage.layers import Layer, evaluating
+
+Record = TypeVar("Record")
+
+
+class Sink(Protocol[Record]):
+    """What becomes of the calls: ``entered`` in the forward pass, ``left`` in the backward pass.
+
+    ``left`` may be told of the same record several times (one backward pass a class), or never
+    (recomputation under activation checkpointing, or a branch the loss does not depend on).
+    """
+
+    def entered(self, layer: Layer, x: Tensor, examples: int) -> Record:
+        """Note an input; what is returned comes back with the gradient."""
+        ...
+
+    def left(self, layer: Layer, record: Record, g: Tensor, examples: int) -> None:
+        """Take the gradient of the loss with respect to the output."""
+        ...
+
+
+class _Gate(torch.autograd.Function):
+    """Identity in place that starts a graph at its input and ends the backward pass there.
+
+    With the weights frozen nothing before the first layer needs gradients; its output has to be
+    told to. In place (and so not a view), because an in-place activation may follow.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, anchor: Tensor) -> Tensor:
+        ctx.mark_dirty(output)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[None, None]:
+        return None, None
+
+
+class Capture(Generic[Record]):
+    """While active, every call of the given layers under autograd is told to the sink.
+
+    Only tensors' own hooks are used for gradients: they survive in-place activations, and they do
+    not fire for the recomputed forward of activation checkpointing.
+    """
+
+    def __init__(self, layers: Iterable[Layer], sink: Sink[Record]) -> None:
+        self._layers = list(layers)
+        self._sink = sink
+        self._batch = 0
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> Capture[Record]:
+        for layer in self._layers:
+            hook = self._forward_hook(layer)
+            self._handles.append(layer.module.register_forward_hook(hook, prepend=True))
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def expect(self, examples: int) -> None:
+        """Say how many examples the coming forward pass holds."""
+        self._batch = examples
+
+    def _forward_hook(self, layer: Layer) -> Any:
+        def hook(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            if not torch.is_grad_enabled():
+                return  # the first, graph-less run of a reentrant checkpoint
+            if not output.requires_grad:
+                anchor = torch.zeros((), device=output.device, requires_grad=True)
+                output = _Gate.apply(output, anchor)
+            n = self._batch
+            with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
+                record = self._sink.entered(layer, args[0].detach(), n)
+
+            def on_gradient(g: Tensor) -> None:
+                with torch.no_grad(), torch.autocast(g.device.type, enabled=False):
+                    self._sink.left(layer, record, g.detach(), n)
+
+            output.register_hook(on_gradient)
+
+        return hook
+
+
+def inputs_by_example(layer: Layer, x: Tensor, examples: int) -> Float[Tensor, "n i *size"]:
+    """A layer's input as (n, channels, positions…), in at least float32.
+
+    Linear layers may have any number of leading axes; the first is the batch, or a multiple of it
+    with each example's rows together (windows, say).
+
+    Raises:
+        LayerError: if the leading axis does not tell the examples apart.
+    """
+    return _by_example(layer, x, examples, layer.inputs)
+
+
+def gradients_by_example(layer: Layer, g: Tensor, examples: int) -> Float[Tensor, "n o t"]:
+    """A layer's output gradient as (n, channels, positions), in at least float32."""
+    return _by_example(layer, g, examples, layer.outputs).flatten(2)
+
+
+def _by_example(layer: Layer, x: Tensor, examples: int, channels: int) -> Tensor:
+    x = x if x.dtype == torch.float64 else x.float()
+    if layer.geometry is not None and x.ndim == 4 and x.shape[0] == examples:
+        return x
+    if layer.geometry is None and x.ndim >= 2 and x.shape[0] % examples == 0:
+        return x.reshape(examples, -1, channels).transpose(1, 2)
+    raise LayerError(
+        layer.name,
+        f"its tensors have shape {tuple(x.shape)} for a batch of {examples} examples, so examples "
+        f"cannot be told apart. Put the batch axis first, or leave the layer alone with ignore=",
+    )
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Generator[None]:
+    """Freeze the weights, go to eval mode, and put everything back as it was.
+
+    Gradients are on inside even where the caller switched them off; random states of torch,
+    numpy and Python are restored at the end, so that a shuffling loader costs the caller nothing.
+    """
+    wanted = [(p, p.requires_grad) for p in model.parameters()]
+    with ExitStack() as stack:
+        stack.enter_context(preserved_random_state())
+        stack.enter_context(evaluating(model))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        try:
+            for parameter, _ in wanted:
+                parameter.requires_grad_(False)
+            yield
+        finally:
+            for parameter, flag in wanted:
+                parameter.requires_grad_(flag)
+
+
+@contextmanager
+def preserved_random_state() -> Generator[None]:
+    """Restore the random states of torch (all devices in use), numpy and Python afterwards."""
+    python, legacy = random.getstate(), np.random.get_state()
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(legacy)
+
+
+class _LayoutProbe:
+    """Notes the layers in which one example's gradient is not in that example's rows alone."""
+
+    def __init__(self) -> None:
+        self.reasons: dict[str, str] = {}
+        self.reached: set[str] = set()
+
+    def entered(self, layer: Layer, x: Tensor, examples: int) -> None:
+        return None
+
+    def left(self, layer: Layer, record: None, g: Tensor, examples: int) -> None:
+        self.reached.add(layer.name)
+        try:
+            rows = gradients_by_example(layer, g, examples)
+        except LayerError:
+            self.reasons[layer.name] = (
+                f"its output of shape {tuple(g.shape)} has no batch axis in front "
+                f"(batch of {examples})"
+            )
+            return
+        if bool((rows[1:] != 0).any()):
+            self.reasons[layer.name] = (
+                f"its output of shape {tuple(g.shape)} mixes the examples of a batch, "
+                f"or has the batch on another axis than the first"
+            )
+
+
+def probe_layout(
+    model: nn.Module, layers: Mapping[str, Layer], batch: Batch
+) -> tuple[set[str], dict[str, str]]:
+    """Back-propagate from one of two examples and see where its gradient turns up.
+
+    Returns:
+        The layers that a gradient reached, and the reason for each whose tensors do not keep the
+        examples apart. With a batch of one nothing can be told apart, and no reason is given.
+    """
+    few = batch.first(2)
+    probe = _LayoutProbe()
+    with undisturbed(model), Capture(layers.values(), probe) as capture:
+        capture.expect(few.size)
+        logits = logits_of(call(model, few))
+        if logits.requires_grad:
+            cotangent = torch.zeros_like(logits)
+            # Not constant over an example's outputs: softmax and normalisation cancel constants.
+            generator = torch.Generator().manual_seed(0)
+            cotangent[0] = torch.randn(logits.shape[1:], generator=generator).to(logits)
+            logits.backward(cotangent)
+    return probe.reached, probe.reasons

@@ -1,0 +1,111 @@
+"""λ: the second moment of per-example weight gradients in a given eigenbasis, as pure functions.
+
+λ[o', i', k] = Σ_n (Q_Sᵀ G[n] Q_A)²[o', i', k] with G[n] = Σ_t g[n,t] ⊗ a[n,t] (George et al. 2018).
+The positions are summed before squaring, which is what makes Σ λ the trace of the Fisher block in
+any orthonormal basis. There are several orders of doing it; they differ in cost alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from eigendamage.layers import ConvGeometry
+
+Strategy = Literal["outer", "rotate_inputs", "rotate_gradients"]
+Call = tuple[Tensor, Tensor]
+"""Input (n, i, h, w) or (n, i, t), and output gradient (n, o, t), of one call of a layer."""
+
+_BUFFER_BYTES = 32 * 2**20
+
+
+def eigenvalue_sum(
+    calls: Sequence[Call],
+    Q_S: Float[Tensor, "o o"],
+    Q_A: Float[Tensor, "i i"],
+    geometry: ConvGeometry | None,
+    strategy: Strategy | None = None,
+) -> Float[Tensor, "o i K"]:
+    """Σ_n of the squared rotated weight gradients over the examples of a batch.
+
+    Args:
+        calls: one (input, output gradient) pair for each time the layer ran; the gradients of one
+            example add up over its calls.
+        Q_S: eigenvectors of S in columns.
+        Q_A: eigenvectors of A_c in columns.
+        geometry: the convolution's, None for Linear.
+        strategy: ``outer`` (one position only: the gradient is a rank-one matrix, its square is
+            one too), ``rotate_inputs`` (rotate activations, then form gradients) or
+            ``rotate_gradients`` (form gradients, then rotate); the cheapest by default.
+    """
+    chosen = strategy or cheapest(calls, geometry)
+    if chosen == "outer":
+        if len(calls) > 1 or calls[0][1].shape[2] != 1:
+            raise ValueError("strategy 'outer' is only for one call with one position")
+        a, g = calls[0]
+        rotated = (g[:, :, 0] @ Q_S).square()
+        return torch.stack(
+            [rotated.T @ (tap[:, :, 0] @ Q_A).square() for tap in _taps(a, geometry)], dim=2
+        )
+    if chosen == "rotate_inputs":
+        calls = [(_rotate(a, Q_A), _rotate(g, Q_S)) for a, g in calls]
+        return _squared(calls, geometry, lambda grad: grad)
+    return _squared(calls, geometry, lambda grad: Q_S.T @ grad @ Q_A)
+
+
+def cheapest(calls: Sequence[Call], geometry: ConvGeometry | None) -> Strategy:
+    """The strategy with the fewest multiplications; forming the gradients costs all the same."""
+    if len(calls) == 1 and calls[0][1].shape[2] == 1:
+        return "outer"
+    a, g = calls[0]
+    i, o, k = a.shape[1], g.shape[1], 1 if geometry is None else geometry.offsets
+    positions_in = sum(math.prod(c[0].shape[2:]) for c in calls)
+    positions_out = sum(c[1].shape[2] for c in calls)
+    inputs = positions_in * i * i + positions_out * o * o
+    gradients = k * (o * o * i + o * i * i)
+    return "rotate_inputs" if inputs <= gradients else "rotate_gradients"
+
+
+def gradient_norms(calls: Sequence[Call], geometry: ConvGeometry | None) -> Float[Tensor, ""]:
+    """Σ_n ‖G[n]‖²: the trace of the Fisher block over the examples of a batch, times N."""
+    return _squared(calls, geometry, lambda grad: grad).sum()
+
+
+def _squared(
+    calls: Sequence[Call],
+    geometry: ConvGeometry | None,
+    rotate: Callable[[Tensor], Tensor],
+) -> Float[Tensor, "o i K"]:
+    """Σ_n rotate(G[n])², one kernel offset and one slice of the batch at a time."""
+    a, g = calls[0]
+    n, i, o = g.shape[0], a.shape[1], g.shape[1]
+    step = max(1, _BUFFER_BYTES // (o * i * g.element_size()))
+    offsets = 1 if geometry is None else geometry.offsets
+    result = g.new_zeros(o, i, offsets)
+    for start in range(0, n, step):
+        part = slice(start, start + step)
+        taps = zip(*(_taps(a[part], geometry) for a, _ in calls), strict=True)
+        for k, inputs in enumerate(taps):
+            grad = torch.bmm(calls[0][1][part], inputs[0].transpose(1, 2))
+            for (_, other), x in zip(calls[1:], inputs[1:], strict=True):
+                grad.baddbmm_(other[part], x.transpose(1, 2))
+            result[:, :, k] += rotate(grad).square().sum(0)
+    return result
+
+
+def _taps(a: Tensor, geometry: ConvGeometry | None) -> Iterator[Float[Tensor, "n i t"]]:
+    if geometry is None:
+        yield a
+        return
+    for tap in geometry.taps(a):
+        yield tap.flatten(2)
+
+
+def _rotate(x: Float[Tensor, "n c *size"], Q: Float[Tensor, "c c"]) -> Float[Tensor, "n c *size"]:
+    """Qᵀ on the channel axis. It commutes with padding, whatever the padding's mode."""
+    return torch.matmul(Q.T, x.flatten(2)).reshape(x.shape)

@@ -1,0 +1,143 @@
+"""A curvature on disk: one safetensors file, its header the rest as JSON."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from eigendamage.curvature._curvature import Curvature, EigenvalueKind, LayerCurvature
+from eigendamage.errors import FileFormatError
+from eigendamage.files import written_beside
+from eigendamage.layers import LayerShape
+
+_FORMAT = "eigendamage.curvature"
+_VERSION = 1
+_TENSORS = ("S", "A", "mean", "Q_S", "Q_A", "S_eigenvalues", "A_eigenvalues", "eigenvalues")
+
+
+class _LayerRecord(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    examples: int
+    positions: int
+    outputs: int
+    inputs: int
+    offsets: int
+    bias: bool
+    positions_in: float
+    positions_out: float
+
+
+class _Header(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    format: str
+    version: int
+    layers: dict[str, _LayerRecord]
+    left_alone: dict[str, str]
+    classifier: tuple[str, ...]
+    macs: float
+    parameters: int
+    examples: int
+    loss: str
+    fisher: str
+    kind: EigenvalueKind
+
+
+def save_curvature(curvature: Curvature, path: str | Path) -> None:
+    """Write a curvature to a ``.safetensors`` file, beside it first and then renamed."""
+    tensors = {
+        f"{name}:{what}": getattr(layer, what).detach().cpu().contiguous()
+        for name, layer in curvature.items()
+        for what in _TENSORS
+    }
+    header = _Header(
+        format=_FORMAT,
+        version=_VERSION,
+        layers={
+            name: _LayerRecord(
+                examples=layer.examples, positions=layer.positions, **asdict(layer.shape)
+            )
+            for name, layer in curvature.items()
+        },
+        left_alone=dict(curvature.left_alone),
+        classifier=curvature.classifier,
+        macs=curvature.macs,
+        parameters=curvature.parameters,
+        examples=curvature.examples,
+        loss=curvature.loss,
+        fisher=curvature.fisher,
+        kind=curvature.kind,
+    )
+    with written_beside(path) as beside:
+        save_file(tensors, beside, metadata={"curvature": header.model_dump_json()})
+
+
+def load_curvature(path: str | Path, device: str = "cpu") -> Curvature:
+    """Read a curvature. Nothing in the file is executed.
+
+    Raises:
+        FileFormatError: if the file is not a curvature, of a later version, cut short, or if its
+            tensors do not have the shapes that its header says.
+        FileNotFoundError: if there is no such file.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no curvature file at {path}")
+    try:
+        with safe_open(str(path), framework="pt", device=device) as file:
+            header = _read_header(path, file.metadata())
+            layers = {
+                name: _read_layer(path, name, record, file)
+                for name, record in header.layers.items()
+            }
+    except SafetensorError as error:
+        raise FileFormatError(f"{path} is not a whole safetensors file: {error}") from error
+    rest = header.model_dump(exclude={"format", "version", "layers"})
+    return Curvature(layers=layers, **rest)
+
+
+def _read_header(path: str | Path, metadata: dict[str, str] | None) -> _Header:
+    text = (metadata or {}).get("curvature")
+    if text is None:
+        raise FileFormatError(f"{path} is a safetensors file, but not a saved curvature")
+    try:
+        raw = json.loads(text)
+        version = raw.get("version") if isinstance(raw, dict) else None
+        if version != _VERSION:
+            raise FileFormatError(
+                f"{path} has curvature version {version}; this library reads version {_VERSION}"
+            )
+        return _Header.model_validate(raw)
+    except (json.JSONDecodeError, ValidationError) as error:
+        raise FileFormatError(f"{path} has a broken curvature header: {error}") from error
+
+
+def _read_layer(path: str | Path, name: str, record: _LayerRecord, file: Any) -> LayerCurvature:
+    o, i, k = record.outputs, record.inputs, record.offsets
+    shapes = {
+        "S": (o, o),
+        "A": (i, i),
+        "mean": (i,),
+        "Q_S": (o, o),
+        "Q_A": (i, i),
+        "S_eigenvalues": (o,),
+        "A_eigenvalues": (i,),
+        "eigenvalues": (o, i, k),
+    }
+    tensors = {what: file.get_tensor(f"{name}:{what}") for what in _TENSORS}
+    for what, tensor in tensors.items():
+        if tuple(tensor.shape) != shapes[what]:
+            raise FileFormatError(
+                f"{path}: '{what}' of layer '{name}' has shape {tuple(tensor.shape)}, the header "
+                f"says {shapes[what]}"
+            )
+    shape = LayerShape(**record.model_dump(exclude={"examples", "positions"}))
+    return LayerCurvature(
+        **tensors, examples=record.examples, positions=record.positions, shape=shape
+    )

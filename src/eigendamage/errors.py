@@ -1,0 +1,47 @@
+"""Every error of the library: what was found, where, and what to do about it."""
+
+from __future__ import annotations
+
+
+class EigenDamageError(Exception):
+    """Base of all errors that this library raises on purpose."""
+
+
+class DataError(EigenDamageError):
+    """The data cannot be used: empty, not finite, or of a form the model cannot take."""
+
+
+class LossError(EigenDamageError):
+    """The loss and the model's output, the targets or the kind of Fisher do not fit together."""
+
+
+class LayerError(EigenDamageError):
+    """A layer cannot be handled; the message starts with its dotted path."""
+
+    def __init__(self, layer: str, message: str) -> None:
+        super().__init__(f"layer '{layer}': {message}")
+        self.layer = layer
+
+
+class ShapeError(LayerError):
+    """A tensor's shape does not fit the layer it is meant for."""
+
+
+class NonFiniteError(EigenDamageError):
+    """A NaN or an infinity turned up in inputs, outputs, gradients or weights."""
+
+
+class NothingToCompressError(EigenDamageError):
+    """No layer of the model can be compressed, or the plan would leave every layer as it is."""
+
+
+class BudgetError(EigenDamageError):
+    """A budget that cannot be met, or that is not well formed."""
+
+
+class MismatchError(EigenDamageError):
+    """A curvature or plan belongs to another model than the one given."""
+
+
+class FileFormatError(EigenDamageError):
+    """A file is not what it should be: another format, another version, cut short."""

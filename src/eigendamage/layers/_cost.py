@@ -1,0 +1,73 @@
+"""What a layer costs, in closed form: multiply-accumulates of one example, and parameters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Form = Literal["three", "merge_in", "merge_out"]
+"""How a factored layer is laid out.
+
+``three``: 1×1 (i → r_i), K (r_i → r_o), 1×1 (r_o → o).
+``merge_in``: the first two multiplied together, K (i → r_o), 1×1 (r_o → o).
+``merge_out``: the last two multiplied together, 1×1 (i → r_i), K (r_i → o).
+"""
+FORMS: tuple[Form, ...] = ("three", "merge_in", "merge_out")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Multiply-accumulates of one example and number of parameters."""
+
+    macs: float
+    parameters: int
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.macs + other.macs, self.parameters + other.parameters)
+
+    def __sub__(self, other: Cost) -> Cost:
+        return Cost(self.macs - other.macs, self.parameters - other.parameters)
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """Everything that the cost of a layer and of its factored forms depends on.
+
+    Attributes:
+        outputs: o, output features or channels.
+        inputs: i, input features or channels (of one group).
+        offsets: K, kernel taps; 1 for Linear.
+        bias: whether the layer has one.
+        positions_in: pixels or tokens of one example at the input (the resolution of a leading
+            1×1 stage).
+        positions_out: positions of one example at the output.
+    """
+
+    outputs: int
+    inputs: int
+    offsets: int
+    bias: bool
+    positions_in: float
+    positions_out: float
+
+    def dense(self) -> Cost:
+        """Cost of the layer as one matrix product or convolution."""
+        weights = self.outputs * self.inputs * self.offsets
+        return Cost(weights * self.positions_out, weights + self._bias())
+
+    def factored(self, rank_out: int, rank_in: int, form: Form) -> Cost:
+        """Cost of the layer in stages, with ``rank_out`` rows and ``rank_in`` columns kept."""
+        o, i, k = self.outputs, self.inputs, self.offsets
+        reduce = Cost(i * rank_in * self.positions_in, i * rank_in)
+        expand = Cost(rank_out * o * self.positions_out, rank_out * o + self._bias())
+        if form == "three":
+            core = rank_in * k * rank_out
+            return reduce + Cost(core * self.positions_out, core) + expand
+        if form == "merge_in":
+            core = i * k * rank_out
+            return Cost(core * self.positions_out, core) + expand
+        core = rank_in * k * o
+        return reduce + Cost(core * self.positions_out, core + self._bias())
+
+    def _bias(self) -> int:
+        return self.outputs if self.bias else 0

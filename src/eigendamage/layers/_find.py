@@ -1,0 +1,211 @@
+"""Which layers of a model can be compressed, and why the others cannot."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils import parametrize
+
+from eigendamage.errors import EigenDamageError, LayerError
+from eigendamage.layers._cost import Cost, LayerShape
+from eigendamage.layers._factored import FactoredConv2d, FactoredLinear
+from eigendamage.layers._geometry import ConvGeometry
+
+# Their forward reads the weights of these children directly and never calls them.
+_READS_CHILDREN = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """A layer that can be compressed, seen as a weight of shape (o, i, K).
+
+    Attributes:
+        name: its dotted path (the first one, if the module is registered under several).
+        names: all its dotted paths.
+        module: the module itself: Linear, Conv2d, or a factored form of one.
+        outputs: o.
+        inputs: i.
+        geometry: how a convolution reads its input; None for Linear.
+    """
+
+    name: str
+    names: tuple[str, ...]
+    module: nn.Module
+    outputs: int
+    inputs: int
+    geometry: ConvGeometry | None
+
+    @property
+    def offsets(self) -> int:
+        """K, the number of kernel taps; 1 for Linear."""
+        return 1 if self.geometry is None else self.geometry.offsets
+
+    def weight(self) -> Float[Tensor, "o i K"]:
+        """The dense weight, detached. Factored layers are multiplied out."""
+        return self.dense_weight().detach().reshape(self.outputs, self.inputs, self.offsets)
+
+    def bias(self) -> Float[Tensor, " o"] | None:
+        """The bias, detached."""
+        bias = self.module.bias
+        return bias.detach() if isinstance(bias, Tensor) else None
+
+    def shape(self, positions_in: float, positions_out: float) -> LayerShape:
+        """What its cost depends on, at the given numbers of positions an example."""
+        return LayerShape(
+            self.outputs,
+            self.inputs,
+            self.offsets,
+            self.bias() is not None,
+            positions_in,
+            positions_out,
+        )
+
+    def cost(self, shape: LayerShape) -> Cost:
+        """What the layer costs as it is now, dense or factored."""
+        if isinstance(self.module, FactoredConv2d | FactoredLinear):
+            form, rank_out, rank_in = self.module.layout
+            return shape.factored(rank_out, rank_in, form)
+        return shape.dense()
+
+    def dense_weight(self) -> Tensor:
+        """The weight as the module has it; the product of its stages if it is factored."""
+        weight = self.module.weight
+        if not isinstance(weight, Tensor):
+            raise LayerError(self.name, "its weight is not a tensor")
+        return weight
+
+
+@dataclass(frozen=True)
+class Layers:
+    """What :func:`find_layers` found: nothing with parameters is missing from both.
+
+    Attributes:
+        compressible: the layers that can be compressed, by dotted path, in registration order.
+        left_alone: the reason for every other module that holds parameters.
+    """
+
+    compressible: Mapping[str, Layer]
+    left_alone: Mapping[str, str]
+
+
+def find_layers(model: nn.Module, *, ignore: Iterable[str] = ()) -> Layers:
+    """List a model's compressible layers, and every other module with parameters with its reason.
+
+    Args:
+        model: any module. It is only looked at.
+        ignore: shell patterns over dotted paths (``"head*"``, ``"*.shortcut"``) to leave alone.
+
+    Raises:
+        LayerError: if a lazy module has not been initialised.
+        EigenDamageError: if a pattern matches no module with parameters, or the model is compiled.
+    """
+    if hasattr(model, "_orig_mod"):
+        raise EigenDamageError(
+            "the model was compiled with torch.compile, which hides its layers; pass the original "
+            "(model._orig_mod) and compile the result"
+        )
+    patterns = [ignore] if isinstance(ignore, str) else list(ignore)
+    matched: set[str] = set()
+    paths: dict[int, list[str]] = defaultdict(list)
+    for path, module in model.named_modules(remove_duplicate=False):
+        paths[id(module)].append(path)
+    owners = _weight_owners(model)
+    opaque = _children_read_directly(model)
+
+    compressible: dict[str, Layer] = {}
+    left_alone: dict[str, str] = {}
+    inside_factored: set[int] = set()
+    for path, module in model.named_modules():
+        if id(module) in inside_factored:
+            continue
+        factored = isinstance(module, FactoredConv2d | FactoredLinear)
+        if factored:
+            inside_factored.update(id(m) for m in module.modules())
+        elif not _has_parameters(module):
+            continue
+        names = tuple(paths[id(module)])
+        hits = [p for p in patterns if any(fnmatchcase(n, p) for n in names)]
+        matched.update(hits)
+        if hits:
+            left_alone[path] = f"left alone on request (pattern '{hits[0]}')"
+            continue
+        reason = _why_not(path, module, owners, opaque)
+        if reason is not None:
+            left_alone[path] = reason
+        else:
+            compressible[path] = _describe(path, names, module)
+    unmatched = [p for p in patterns if p not in matched]
+    if unmatched:
+        known = ", ".join([*compressible, *left_alone][:8])
+        raise EigenDamageError(
+            f"ignore pattern '{unmatched[0]}' matches no layer; layers are: {known}, …"
+        )
+    return Layers(compressible, left_alone)
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    own = any(True for _ in module.parameters(recurse=False))
+    return own or parametrize.is_parametrized(module)
+
+
+def _describe(path: str, names: tuple[str, ...], module: nn.Module) -> Layer:
+    if isinstance(module, nn.Linear | FactoredLinear):
+        return Layer(path, names, module, module.out_features, module.in_features, None)
+    assert isinstance(module, nn.Conv2d | FactoredConv2d)
+    core = module.core if isinstance(module, FactoredConv2d) else module
+    geometry = ConvGeometry.of(core)
+    return Layer(path, names, module, module.out_channels, module.in_channels, geometry)
+
+
+def _why_not(
+    path: str, module: nn.Module, owners: Mapping[int, list[str]], opaque: Mapping[int, str]
+) -> str | None:
+    kind = type(module).__name__
+    own = dict(module.named_parameters(recurse=False))
+    if any(isinstance(p, UninitializedParameter) for p in own.values()):
+        raise LayerError(path, f"{kind} is lazy and not initialised; run the model once first")
+    if isinstance(module, FactoredConv2d | FactoredLinear):
+        return None
+    if not isinstance(module, nn.Linear | nn.Conv2d):
+        matrix = any(p.ndim >= 2 for p in own.values())
+        return f"{kind} is not a Linear or Conv2d" if matrix else f"{kind} has no weight matrix"
+    if id(module) in opaque:
+        return f"its weight is read directly by {opaque[id(module)]}, which never calls it"
+    base = nn.Linear if isinstance(module, nn.Linear) else nn.Conv2d
+    if type(module).forward is not base.forward:
+        return f"{kind} overrides the forward of {base.__name__}"
+    if parametrize.is_parametrized(module) or "weight" not in own:
+        return f"the weight of {kind} is computed from other parameters (parametrized or masked)"
+    others = [o for o in owners[id(module.weight)] if o != f"{path}.weight"]
+    if others:
+        return f"its weight is shared with {others[0]}"
+    if isinstance(module, nn.Conv2d) and module.groups > 1:
+        return (
+            f"grouped convolution (groups={module.groups}): rotating its channels would mix "
+            f"what the groups keep apart"
+        )
+    return None
+
+
+def _weight_owners(model: nn.Module) -> dict[int, list[str]]:
+    """For each parameter, the names under which distinct modules hold it."""
+    owners: dict[int, list[str]] = defaultdict(list)
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            owners[id(parameter)].append(f"{path}.{name}")
+    return owners
+
+
+def _children_read_directly(model: nn.Module) -> dict[int, str]:
+    return {
+        id(child): type(parent).__name__
+        for parent in model.modules()
+        if isinstance(parent, _READS_CHILDREN)
+        for child in parent.children()
+    }

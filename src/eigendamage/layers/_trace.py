@@ -1,0 +1,120 @@
+"""One forward pass of a few examples: in which order layers run, at what sizes, at what cost."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from eigendamage.batches import Batch, call, logits_of
+from eigendamage.errors import ShapeError
+from eigendamage.layers._cost import LayerShape
+from eigendamage.layers._find import Layer
+
+_EXAMPLES = 2
+
+
+@dataclass(frozen=True)
+class LayerTrace:
+    """What one layer did in the pass.
+
+    Attributes:
+        calls: how often it ran in one forward pass.
+        shape: its sizes; positions are those of one example, summed over its calls.
+        is_output: whether what it returned is the model's output.
+    """
+
+    calls: int
+    shape: LayerShape
+    is_output: bool
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one forward pass showed.
+
+    Attributes:
+        layers: the layers that ran, in the order in which they first did.
+        macs: multiply-accumulates of one example in the whole model, everything included that
+            ``torch.utils.flop_counter`` knows (also attention and layers that are left alone).
+    """
+
+    layers: Mapping[str, LayerTrace]
+    macs: float
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Generator[None]:
+    """The model in eval mode, each module's own mode put back at the end.
+
+    Fused inference paths that bypass submodules are switched off meanwhile.
+    """
+    modes = [(m, m.training) for m in model.modules()]
+    fused = torch.backends.mha.get_fastpath_enabled()
+    model.eval()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+        for module, mode in modes:
+            module.training = mode
+
+
+def trace(model: nn.Module, layers: Mapping[str, Layer], batch: Batch) -> Trace:
+    """Run the first examples of a batch and note what each layer does.
+
+    Raises:
+        ShapeError: if a convolution gets an input without a batch axis.
+        LossError: if the model's output holds no tensor to take a loss of.
+    """
+    few = batch.first(_EXAMPLES)
+    calls: dict[str, list[tuple[float, float]]] = {}
+    returned: dict[str, Tensor] = {}
+
+    def watch(layer: Layer) -> Any:
+        def hook(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            x: Tensor = args[0]
+            if layer.geometry is not None and x.ndim != 4:
+                raise ShapeError(
+                    layer.name,
+                    f"got an input of shape {tuple(x.shape)}; expected (batch, channels, height, "
+                    f"width). Give the model whole batches.",
+                )
+            positions_out = output.numel() / layer.outputs / few.size
+            # A pointwise layer's first stage takes its stride, so it never sees more pixels.
+            pointwise = layer.geometry is None or layer.geometry.is_pointwise
+            positions_in = positions_out if pointwise else x.numel() / layer.inputs / few.size
+            calls.setdefault(layer.name, []).append((positions_in, positions_out))
+            returned[layer.name] = output
+
+        return hook
+
+    handles = [
+        layer.module.register_forward_hook(watch(layer), prepend=True) for layer in layers.values()
+    ]
+    counter = FlopCounterMode(display=False)
+    try:
+        with evaluating(model), torch.no_grad(), counter:
+            logits = logits_of(call(model, few))
+    finally:
+        for handle in handles:
+            handle.remove()
+    found = {
+        name: LayerTrace(
+            calls=len(seen),
+            shape=layers[name].shape(sum(s[0] for s in seen), sum(s[1] for s in seen)),
+            is_output=_same_storage(returned[name], logits),
+        )
+        for name, seen in calls.items()
+    }
+    return Trace(found, counter.get_total_flops() / 2 / few.size)
+
+
+def _same_storage(a: Tensor, b: Tensor) -> bool:
+    return a.numel() == b.numel() and a.data_ptr() == b.data_ptr()

@@ -1,0 +1,135 @@
+"""The plan: for each layer an action, its price, its cost before and after."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from eigendamage.errors import FileFormatError
+from eigendamage.files import written_beside
+from eigendamage.layers import Cost, Form
+from eigendamage.plan._budget import Budget
+
+PLAN_VERSION = 1
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Keep(_Frozen):
+    """The layer stays as it is, for the reason given."""
+
+    kind: Literal["keep"] = "keep"
+    reason: str
+
+
+class EigenBlock(_Frozen):
+    """Rows and columns of the weight that are kept in the Kronecker-factored eigenbasis.
+
+    Attributes:
+        rows: kept rows of W', indices of the columns of Q_S, ascending.
+        columns: kept columns of W', indices of the columns of Q_A, ascending.
+        form: how the factored layer is laid out.
+    """
+
+    kind: Literal["eigenblock"] = "eigenblock"
+    rows: tuple[int, ...]
+    columns: tuple[int, ...]
+    form: Form
+
+
+Action = Annotated[Keep | EigenBlock, Field(discriminator="kind")]
+
+
+class LayerPlan(_Frozen):
+    """What happens to one layer.
+
+    Attributes:
+        action: what is done.
+        price: expected rise of the mean loss per example (nats for cross-entropy).
+        shape: (o, i, K) of the weight, to recognise the layer.
+        macs: multiply-accumulates of one example before and after.
+        parameters: parameters before and after.
+    """
+
+    action: Action
+    price: float
+    shape: tuple[int, int, int]
+    macs: tuple[float, float]
+    parameters: tuple[int, int]
+
+    @property
+    def saved(self) -> Cost:
+        """What the action saves."""
+        return Cost(self.macs[0] - self.macs[1], self.parameters[0] - self.parameters[1])
+
+    @property
+    def changes(self) -> bool:
+        """Whether the layer is changed at all."""
+        return not isinstance(self.action, Keep)
+
+
+class Plan(_Frozen):
+    """What is done to each layer, and what that is expected to cost and save.
+
+    Attributes:
+        version: of the file format.
+        method: name of the method.
+        budget: what was asked for.
+        ratio: the fraction of units removed, where the method has one.
+        layers: by dotted path, in the order in which they run.
+        left_alone: why other modules with parameters are not in the plan.
+        macs: multiply-accumulates of one example in the whole model, before and after.
+        parameters: parameters of the whole model, before and after.
+        notes: what a user should know.
+    """
+
+    version: Literal[1] = PLAN_VERSION
+    method: str
+    budget: Budget
+    ratio: float | None = None
+    layers: Mapping[str, LayerPlan]
+    left_alone: Mapping[str, str]
+    macs: tuple[float, float]
+    parameters: tuple[int, int]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def price(self) -> float:
+        """Expected rise of the mean loss per example, all layers together."""
+        return sum(layer.price for layer in self.layers.values())
+
+    @property
+    def changed(self) -> tuple[str, ...]:
+        """The layers that are changed."""
+        return tuple(name for name, layer in self.layers.items() if layer.changes)
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON, beside the file first and then renamed."""
+        with written_beside(path) as beside:
+            beside.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read a plan.
+
+        Raises:
+            FileFormatError: if the file is not a plan of this version; the message names the field.
+            FileNotFoundError: if there is no such file.
+        """
+        try:
+            raw = json.loads(Path(path).read_text(encoding="utf-8"))
+            if not isinstance(raw, dict) or raw.get("version") != PLAN_VERSION:
+                raise FileFormatError(f"{path} is not a plan of version {PLAN_VERSION}")
+            return cls.model_validate(raw)
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise FileFormatError(f"{path} is not JSON: {error}") from error
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(p) for p in first["loc"])
+            raise FileFormatError(f"{path}: field '{where}': {first['msg']}") from error

@@ -1,0 +1,1 @@
+"""What each method says that removing a unit costs, in expected rise of the loss."""

@@ -1,0 +1,216 @@
+"""The report as data: what was expected, what was measured, what was left alone."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from eigendamage._version import __version__
+from eigendamage.curvature import CalibrationRow
+from eigendamage.errors import FileFormatError
+from eigendamage.files import written_beside
+from eigendamage.layers import Form
+from eigendamage.measure import Evaluation
+from eigendamage.plan import EigenBlock, Plan
+
+REPORT_VERSION = 1
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Measured(_Frozen):
+    """One model, measured; None is what could not be (no labels, a loss without predictions).
+
+    Attributes:
+        loss: mean loss per example.
+        accuracy: fraction of right predictions.
+        divergence: mean over examples of KL(original ‖ this) in nats, or what takes its place for
+            the loss at hand.
+    """
+
+    loss: float | None = None
+    accuracy: float | None = None
+    divergence: float | None = None
+
+    @classmethod
+    def of(cls, evaluation: Evaluation) -> Measured:
+        """The same without the number of examples."""
+        return cls(
+            loss=evaluation.loss,
+            accuracy=evaluation.accuracy,
+            divergence=evaluation.divergence,
+        )
+
+
+class LayerReport(_Frozen):
+    """One layer: what was done, for what price.
+
+    Attributes:
+        action: in words.
+        ranks: kept rows and columns, where the layer was factored.
+        price: expected rise of the loss.
+        macs: of one example, before and after.
+        parameters: before and after.
+    """
+
+    action: str
+    ranks: tuple[int, int] | None
+    price: float
+    macs: tuple[float, float]
+    parameters: tuple[int, int]
+
+
+class Calibration(_Frozen):
+    """The trace of a layer's Fisher block: exact on a few examples, by K-FAC, by Σ λ."""
+
+    exact: float
+    kfac: float
+    ekfac: float
+
+
+class Environment(_Frozen):
+    """What the numbers depend on beside the model and the data."""
+
+    eigendamage: str
+    torch: str
+    python: str
+    platform: str
+    device: str
+    threads: int
+    seed: int
+
+    @classmethod
+    def here(cls, device: torch.device, seed: int) -> Environment:
+        """This process."""
+        return cls(
+            eigendamage=__version__,
+            torch=torch.__version__,
+            python=platform.python_version(),
+            platform=f"{platform.system()} {platform.machine()}",
+            device=str(device),
+            threads=torch.get_num_threads(),
+            seed=seed,
+        )
+
+
+_FORM_WORDS: dict[Form, str] = {
+    "three": "1×1, K, 1×1",
+    "merge_in": "K, 1×1",
+    "merge_out": "1×1, K",
+}
+
+
+class Report(_Frozen):
+    """What compressing a model was expected to cost and what was measured.
+
+    Attributes:
+        model: class name of the model.
+        method: name of the method.
+        budget: what was asked for, in words.
+        ratio: fraction of units removed, where the method has one.
+        macs: of one example in the whole model, before and after, both as counted on a run.
+        parameters: before and after, counted.
+        examples: examples that the curvature is of.
+        predicted: expected rise of the mean loss per example, the sum of the prices.
+        measured_on: ``eval_data``, or ``data`` if the only data was that of the curvature.
+        measured_examples: how many examples were measured on.
+        original: the model as it was.
+        compressed: right after surgery.
+        recalibrated: after batch norm's statistics were measured again; None if there is none.
+        layers: each layer of the plan.
+        left_alone: every other module with parameters, with the reason.
+        calibration: trace of each layer's Fisher block, three ways.
+        seconds: wall time of each stage.
+        environment: versions, device, seed.
+        notes: what a user should know.
+    """
+
+    version: Literal[1] = REPORT_VERSION
+    model: str
+    method: str
+    budget: str
+    ratio: float | None
+    macs: tuple[float, float]
+    parameters: tuple[int, int]
+    examples: int
+    predicted: float
+    measured_on: Literal["eval_data", "data"]
+    measured_examples: int
+    original: Measured
+    compressed: Measured
+    recalibrated: Measured | None
+    layers: Mapping[str, LayerReport]
+    left_alone: Mapping[str, str]
+    calibration: Mapping[str, Calibration]
+    seconds: Mapping[str, float]
+    environment: Environment
+    notes: tuple[str, ...] = ()
+
+    @property
+    def final(self) -> Measured:
+        """The model that is handed back: recalibrated if it was."""
+        return self.recalibrated or self.compressed
+
+    @property
+    def measured_rise(self) -> float | None:
+        """Rise of the mean loss of the model that is handed back, where there are labels."""
+        if self.final.loss is None or self.original.loss is None:
+            return None
+        return self.final.loss - self.original.loss
+
+    def save(self, path: str | Path) -> None:
+        """Write the report as JSON, beside the file first and then renamed."""
+        with written_beside(path) as beside:
+            beside.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Report:
+        """Read a report.
+
+        Raises:
+            FileFormatError: if the file is not a report of this version.
+            FileNotFoundError: if there is no such file.
+        """
+        try:
+            return cls.model_validate(json.loads(Path(path).read_text(encoding="utf-8")))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise FileFormatError(f"{path} is not JSON: {error}") from error
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(p) for p in first["loc"])
+            raise FileFormatError(f"{path}: field '{where}': {first['msg']}") from error
+
+
+def layer_reports(plan: Plan) -> dict[str, LayerReport]:
+    """The plan's layers, in words."""
+    found: dict[str, LayerReport] = {}
+    for name, layer in plan.layers.items():
+        action = layer.action
+        if isinstance(action, EigenBlock):
+            words, ranks = (
+                f"factored: {_FORM_WORDS[action.form]}",
+                (len(action.rows), len(action.columns)),
+            )
+        else:
+            words, ranks = f"kept: {action.reason}", None
+        found[name] = LayerReport(
+            action=words,
+            ranks=ranks,
+            price=layer.price,
+            macs=layer.macs,
+            parameters=layer.parameters,
+        )
+    return found
+
+
+def calibration_by_layer(rows: list[CalibrationRow]) -> dict[str, Calibration]:
+    """The calibration table, by layer."""
+    return {r.layer: Calibration(exact=r.exact, kfac=r.kfac, ekfac=r.ekfac) for r in rows}

@@ -1,0 +1,96 @@
+"""The stages of a truncated layer, as tensors and as modules."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from eigendamage.curvature import LayerCurvature
+from eigendamage.layers import FactoredConv2d, FactoredLinear, Form, Layer, balance
+from eigendamage.plan import EigenBlock
+
+
+def block_stages(
+    weight: Float[Tensor, "o i K"], curvature: LayerCurvature, action: EigenBlock
+) -> list[Tensor]:
+    """The weights of the stages, first to last, in float64, balanced to equal norms.
+
+    W is projected on the kept eigenvectors, U (Uᵀ W V) Vᵀ, and neighbours are multiplied together
+    as the form says. Outer stages are matrices, the one with the kernel is (o', i', K).
+    """
+    U = curvature.Q_S.double()[:, list(action.rows)].to(weight.device)
+    V = curvature.Q_A.double()[:, list(action.columns)].to(weight.device)
+    core = torch.einsum("op,oik,iq->pqk", U, weight.double(), V)
+    stages: dict[Form, list[Tensor]] = {
+        "three": [V.T, core, U],
+        "merge_in": [torch.einsum("pqk,iq->pik", core, V), U],
+        "merge_out": [V.T, torch.einsum("op,pqk->oqk", U, core)],
+    }
+    return balance(stages[action.form])
+
+
+def factored_module(layer: Layer, stages: list[Tensor]) -> nn.Module:
+    """The stages as a factored module with the layer's bias, dtype, device and mode."""
+    old = layer.module
+    weight = layer.dense_weight()
+    bias = layer.bias()
+    last = len(stages) - 1
+    modules: list[nn.Module] = []
+    for index, stage in enumerate(stages):
+        stage_bias = bias if index == last else None
+        if layer.geometry is None:
+            new = _linear(stage, stage_bias is not None)
+        else:
+            new = _conv(layer, stages, index, stage_bias is not None)
+        new.to(device=weight.device, dtype=weight.dtype)
+        with torch.no_grad():
+            new.weight.copy_(stage.reshape(new.weight.shape))
+            if stage_bias is not None and new.bias is not None:
+                new.bias.copy_(stage_bias)
+        modules.append(new)
+    factored = (FactoredLinear if layer.geometry is None else FactoredConv2d)(*modules)
+    if layer.geometry is not None and not weight.is_contiguous():
+        for parameter in factored.parameters():  # the layer was in channels_last
+            if parameter.ndim == 4:
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    factored.requires_grad_(_trainable(old))
+    return factored.train(old.training)
+
+
+def _linear(stage: Tensor, bias: bool) -> nn.Linear:
+    outputs, inputs = stage.shape[:2]
+    return nn.Linear(inputs, outputs, bias=bias, device="meta").to_empty(device="cpu")
+
+
+def _conv(layer: Layer, stages: list[Tensor], index: int, bias: bool) -> nn.Conv2d:
+    assert layer.geometry is not None
+    stage = stages[index]
+    outputs, inputs = stage.shape[:2]
+    source = layer.module.core if isinstance(layer.module, FactoredConv2d) else layer.module
+    conv = cast(nn.Conv2d, source)
+    if layer.geometry.is_pointwise:
+        # Without a kernel any stage can take the stride; the first saves the others the pixels.
+        stride = layer.geometry.stride if index == 0 else 1
+        new = nn.Conv2d(inputs, outputs, 1, stride=stride, bias=bias, device="meta")
+    elif stage.ndim == 3:
+        new = nn.Conv2d(
+            inputs,
+            outputs,
+            layer.geometry.kernel,
+            stride=layer.geometry.stride,
+            padding=conv.padding,  # pyright: ignore[reportArgumentType]
+            dilation=layer.geometry.dilation,
+            padding_mode=conv.padding_mode,  # pyright: ignore[reportArgumentType]
+            bias=bias,
+            device="meta",
+        )
+    else:
+        new = nn.Conv2d(inputs, outputs, 1, bias=bias, device="meta")
+    return new.to_empty(device="cpu")
+
+
+def _trainable(module: nn.Module) -> bool:
+    return any(p.requires_grad for p in module.parameters())
