@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from eigendamage.curvature import (
     calibration_table,
     estimate_curvature,
 )
-from eigendamage.measure import count, evaluate
+from eigendamage.measure import count, evaluate_together
 from eigendamage.plan import Budget, FormChoice, Plan, make_plan
 from eigendamage.report import (
     Environment,
@@ -134,31 +135,26 @@ def compress(
             ignore=ignored,
         )
     with clock.stage("surgery"):
-        small = apply_plan(model, plan, curvature)
-
-    measured_on: Data = data if eval_data is None else eval_data
-    limit = max_examples if eval_data is None else None
-
-    def measure(candidate: nn.Module, reference: nn.Module | None) -> tuple[Measured, int]:
-        with clock.stage("measurement"):
-            found = evaluate(
-                candidate,
-                measured_on,
-                loss=loss,
-                reference=reference,
-                max_examples=limit,
-                progress=progress,
-            )
-        return Measured.of(found), found.examples
-
-    original, examples = measure(model, None)
-    compressed, _ = measure(small, model)
-    recalibrated: Measured | None = None
+        compressed = apply_plan(model, plan, curvature)
+    small, recalibrated = compressed, None
     if recalibrate and plan.changed:
         with clock.stage("batch norm"):
-            norms = recalibrate_batchnorm(small, data, max_examples=max_examples, progress=progress)
-        if norms:
-            recalibrated, _ = measure(small, model)
+            recalibrated = copy.deepcopy(compressed)
+            norms = recalibrate_batchnorm(
+                recalibrated, data, max_examples=max_examples, progress=progress
+            )
+            recalibrated = recalibrated if norms else None
+            small = recalibrated or compressed
+    with clock.stage("measurement"):
+        versions = [model, compressed] + ([] if recalibrated is None else [recalibrated])
+        measured = evaluate_together(
+            versions,
+            data if eval_data is None else eval_data,
+            loss=loss,
+            max_examples=max_examples if eval_data is None else None,
+            reduction=reduction,
+            progress=progress,
+        )
     rows = []
     if calibration_examples:
         with clock.stage("calibration table"):
@@ -172,7 +168,7 @@ def compress(
                 seed=seed,
             )
     peek = Batches(data, device_of(model)).peek()
-    one = [{**peek.kwargs}] if peek.kwargs else [peek.args[0]]
+    one = [dict(peek.kwargs)] if peek.kwargs else [peek.args]
     before, after = count(model, one), count(small, one)
     report = Report(
         model=type(model).__name__,
@@ -184,10 +180,10 @@ def compress(
         examples=curvature.examples,
         predicted=plan.price,
         measured_on="data" if eval_data is None else "eval_data",
-        measured_examples=examples,
-        original=original,
-        compressed=compressed,
-        recalibrated=recalibrated,
+        measured_examples=measured[0].examples,
+        original=Measured.of(measured[0]),
+        compressed=Measured.of(measured[1]),
+        recalibrated=None if recalibrated is None else Measured.of(measured[2]),
         layers=layer_reports(plan),
         left_alone=plan.left_alone,
         calibration=calibration_by_layer(rows),

@@ -21,10 +21,11 @@ app.command("demo")(demo_command)
 app.command("compress")(compress_command)
 
 
-def _show_version(wanted: bool) -> None:
+def _show_version(wanted: bool) -> bool:
     if wanted:
         typer.echo(__version__)
         raise typer.Exit
+    return wanted
 
 
 @app.callback()

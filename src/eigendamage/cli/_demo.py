@@ -83,7 +83,7 @@ def demo_command(
             before = report.original
             table.add_row(
                 count_of(report.macs[0]),
-                count_of(report.parameters[0]),
+                count_of(float(report.parameters[0])),
                 percent(before.accuracy),
                 "",
                 "",
@@ -120,9 +120,10 @@ def demo_command(
 
 
 def _row(report: Report, tuned: dict[str, float | None] | None, seconds: float) -> list[str]:
+    macs, parameters = report.macs, report.parameters
     return [
-        f"{count_of(report.macs[1])} ({report.macs[1] / report.macs[0]:.0%})",
-        f"{count_of(report.parameters[1])} ({report.parameters[1] / report.parameters[0]:.0%})",
+        f"{count_of(macs[1])} ({macs[1] / macs[0]:.0%})",
+        f"{count_of(float(parameters[1]))} ({parameters[1] / parameters[0]:.0%})",
         percent(report.compressed.accuracy),
         percent(report.final.accuracy),
         percent(tuned["accuracy"]) if tuned else "–",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from eigendamage.layers import Layer, evaluating
 Record = TypeVar("Record")
 
 
+@runtime_checkable
 class Sink(Protocol[Record]):
     """What becomes of the calls: ``entered`` in the forward pass, ``left`` in the backward pass.
 

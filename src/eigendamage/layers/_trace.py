@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from eigendamage.batches import Batch, call, logits_of
@@ -100,7 +102,16 @@ def trace(model: nn.Module, layers: Mapping[str, Layer], batch: Batch) -> Trace:
     ]
     counter = FlopCounterMode(display=False)
     try:
-        with evaluating(model), torch.no_grad(), counter:
+        with (
+            evaluating(model),
+            torch.no_grad(),
+            # Fused attention on the CPU is unknown to the counter; its plain form is not.
+            sdpa_kernel(SDPBackend.MATH),
+            counter,
+            warnings.catch_warnings(),
+        ):
+            # Reentrant checkpoints warn of what is meant here: no gradients.
+            warnings.filterwarnings("ignore", message="None of the inputs have requires_grad")
             logits = logits_of(call(model, few))
     finally:
         for handle in handles:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from eigendamage.batches import Batches, Data, call, device_of, logits_of
+from eigendamage.batches import Batch, Batches, Data, call, device_of, logits_of
 from eigendamage.curvature import (
     CrossEntropy,
     CustomLoss,
+    Head,
     Loss,
     head_of,
     preserved_random_state,
@@ -47,6 +50,7 @@ def evaluate(
     loss: Loss = "cross_entropy",
     reference: nn.Module | None = None,
     max_examples: int | None = None,
+    reduction: Literal["mean", "sum"] = "mean",
     progress: bool = True,
 ) -> Evaluation:
     """Run a model in eval mode over data, with labels or without.
@@ -57,48 +61,88 @@ def evaluate(
         loss: as in :func:`estimate_curvature`.
         reference: the original model, to measure the divergence from.
         max_examples: stop after that many examples.
+        reduction: what a loss function that returns one number has done over the batch.
         progress: whether to show progress.
 
     Raises:
         DataError: if there is no example.
         NonFiniteError: if an input or the model's output holds a NaN or an infinity.
     """
-    head = head_of(loss)
-    classes = isinstance(head, CrossEntropy)
-    compares = reference is not None and not isinstance(head, CustomLoss)
-    examples = right = judged = 0
-    losses = divergence = 0.0
-    labelled = True
-    models = [model] if reference is None else [model, reference]
+    models = [model] if reference is None else [reference, model]
+    return evaluate_together(
+        models,
+        data,
+        loss=loss,
+        max_examples=max_examples,
+        reduction=reduction,
+        progress=progress,
+    )[-1]
+
+
+def evaluate_together(
+    models: Sequence[nn.Module],
+    data: Data,
+    *,
+    loss: Loss = "cross_entropy",
+    max_examples: int | None = None,
+    reduction: Literal["mean", "sum"] = "mean",
+    progress: bool = True,
+) -> list[Evaluation]:
+    """Measure several models in one pass over the data; the first is the others' reference.
+
+    Args and errors are those of :func:`evaluate`.
+    """
+    head = head_of(loss, reduction)
+    tallies = [_Tally(head) for _ in models]
     with ExitStack() as stack:
         stack.enter_context(preserved_random_state())
         stack.enter_context(torch.no_grad())
-        for each in models:
-            stack.enter_context(evaluating(each))
-        batches = Batches(data, device_of(model), max_examples)
-        shown = track(batches, "measuring", total=len(batches) or None, enabled=progress)
-        for batch in shown:
-            outputs = [call(m, batch) for m in models]
-            logits = logits_of(outputs[0])
-            if not bool(torch.isfinite(logits).all()):
-                raise NonFiniteError(
-                    "the model's output holds NaN or infinite values although its input is finite"
-                )
-            examples += batch.size
-            labelled = labelled and batch.target is not None
-            if labelled and batch.target is not None:
-                losses += float(head.per_example(outputs[0], batch).double().sum())
-                if classes and not batch.target.is_floating_point():
-                    kept = batch.target >= 0
-                    predicted = logits.argmax(1 if logits.ndim > 3 else -1)
-                    right += int(((predicted == batch.target) & kept).sum())
-                    judged += int(kept.sum())
-            if compares:
-                against = logits_of(outputs[1])
-                divergence += float(head.divergence(against, logits, batch).sum())
-    return Evaluation(
-        examples=examples,
-        loss=losses / examples if labelled else None,
-        accuracy=right / judged if labelled and judged else None,
-        divergence=divergence / examples if compares else None,
-    )
+        for model in models:
+            stack.enter_context(evaluating(model))
+        batches = Batches(data, device_of(models[0]), max_examples)
+        for batch in track(batches, "measuring", total=len(batches) or None, enabled=progress):
+            reference: Tensor | None = None
+            for model, tally in zip(models, tallies, strict=True):
+                output = call(model, batch)
+                tally.add(output, batch, reference)
+                reference = logits_of(output) if reference is None else reference
+    return [tally.result() for tally in tallies]
+
+
+class _Tally:
+    """Running sums of one model's losses, right predictions and divergences."""
+
+    def __init__(self, head: Head) -> None:
+        self._head = head
+        self._examples = self._right = self._judged = 0
+        self._loss = self._divergence = 0.0
+        self._labelled = True
+        self._compared = False
+
+    def add(self, output: Any, batch: Batch, reference: Tensor | None) -> None:
+        logits = logits_of(output)
+        if not bool(torch.isfinite(logits).all()):
+            raise NonFiniteError(
+                "the model's output holds NaN or infinite values although its input is finite"
+            )
+        self._examples += batch.size
+        self._labelled = self._labelled and batch.target is not None
+        if self._labelled and batch.target is not None:
+            self._loss += float(self._head.per_example(output, batch).double().sum())
+            if isinstance(self._head, CrossEntropy) and not batch.target.is_floating_point():
+                predicted = logits.argmax(1 if logits.ndim > 3 else -1)
+                kept = batch.target >= 0
+                self._right += int(((predicted == batch.target) & kept).sum())
+                self._judged += int(kept.sum())
+        if reference is not None and not isinstance(self._head, CustomLoss):
+            self._compared = True
+            self._divergence += float(self._head.divergence(reference, logits, batch).sum())
+
+    def result(self) -> Evaluation:
+        n = self._examples
+        return Evaluation(
+            examples=n,
+            loss=self._loss / n if self._labelled else None,
+            accuracy=self._right / self._judged if self._labelled and self._judged else None,
+            divergence=self._divergence / n if self._compared else None,
+        )

@@ -94,7 +94,7 @@ def _layers(report: Report) -> Table:
             f"{layer.price:.1e}" if layer.price else "0",
             count_of(layer.macs[0]),
             f"{layer.macs[1] / layer.macs[0]:.0%}" if layer.macs[0] else "–",
-            count_of(layer.parameters[0]),
+            count_of(float(layer.parameters[0])),
             f"{layer.parameters[1] / layer.parameters[0]:.0%}",
         )
     return table

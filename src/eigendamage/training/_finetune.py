@@ -86,14 +86,14 @@ def finetune(
                 loss = F.cross_entropy(logits_of(call(model, batch)), batch.target)
                 if not bool(torch.isfinite(loss)):
                     raise NonFiniteError(
-                        f"the loss became {float(loss)} in epoch {epoch + 1}, batch {index}; "
+                        f"the loss became {loss.item()} in epoch {epoch + 1}, batch {index}; "
                         f"lower the learning rate (it is {config.learning_rate})"
                     )
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
                 schedule.step()
-                total += float(loss) * batch.size
+                total += loss.item() * batch.size
                 examples += batch.size
             mean = total / examples
     finally:

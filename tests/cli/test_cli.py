@@ -1,0 +1,151 @@
+"""The command line, run in process and as a program."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+import eigendamage as ed
+from eigendamage import zoo
+from eigendamage.cli import app
+
+runner = CliRunner()
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few bundled images as an .npz of the form the command reads."""
+    rng = np.random.default_rng(0)
+    path = tmp_path_factory.mktemp("data") / "images.npz"
+    np.savez(
+        path,
+        train_images=rng.integers(0, 255, (96, 28, 28), dtype=np.uint8),
+        train_labels=rng.integers(0, 10, 96),
+        test_images=rng.integers(0, 255, (40, 28, 28), dtype=np.uint8),
+        test_labels=rng.integers(0, 10, 40),
+        mean=np.array([0.286]),
+        std=np.array([0.353]),
+    )
+    return path
+
+
+def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "eigendamage", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_compress_writes_everything_that_rebuilds_the_model(images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "small"
+    done = runner.invoke(
+        app,
+        "compress --model zoo:demo_network --macs 0.5 --batch-size 32 --json".split()
+        + ["--data", str(images), "--out", str(out)],
+    )
+    assert done.exit_code == 0, done.output
+    report = ed.Report.load(out / "report.json")
+    assert report.macs[1] <= 0.5 * report.macs[0]
+    assert report.measured_examples == 40
+    assert json.loads(done.stdout[done.stdout.index("{") :])["method"] == "eigendamage"
+
+    plan = ed.Plan.load(out / "plan.json")
+    curvature = ed.load_curvature(out / "curvature.safetensors")
+    small = ed.apply_plan(zoo.demo_network(), plan, curvature)
+    small.load_state_dict(load_file(out / "model.safetensors"))
+    x = zoo.load_images(images, "test").images
+    found = ed.evaluate(small, [x], reference=zoo.demo_network(), progress=False)
+    assert found.divergence == pytest.approx(report.final.divergence, rel=1e-4)
+    assert sorted(p.name for p in out.iterdir()) == [
+        "curvature.safetensors",
+        "model.safetensors",
+        "plan.json",
+        "report.json",
+    ]
+
+
+def test_images_without_a_test_split_hold_out_a_tenth(images: Path, tmp_path: Path) -> None:
+    single = tmp_path / "one.npz"
+    with np.load(images) as arrays:
+        np.savez(single, images=arrays["train_images"], mean=arrays["mean"], std=arrays["std"])
+    done = runner.invoke(
+        app,
+        "compress --model zoo:demo_network --params 0.5".split()
+        + ["--data", str(single), "--out", str(tmp_path / "o")],
+    )
+    assert done.exit_code == 0, done.output
+    report = ed.Report.load(tmp_path / "o" / "report.json")
+    assert (report.examples, report.measured_examples) == (86, 10)
+    assert report.final.accuracy is None
+    assert "held out" in done.output.replace("\n", " ")
+
+
+def test_models_and_data_from_a_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.py").write_text(
+        "import torch\n"
+        "def net():\n"
+        "    torch.manual_seed(0)\n"
+        "    return torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.ReLU(),\n"
+        "                               torch.nn.Linear(32, 32), torch.nn.ReLU(),\n"
+        "                               torch.nn.Linear(32, 3))\n"
+        "def data():\n"
+        "    return [torch.randn(16, 8)], [(torch.randn(8, 8), torch.tensor([0, 1, 2, 0] * 2))]\n"
+        "not_callable = 3\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    arguments = ["compress", "--data", "mine:data", "--params", "0.6", "--out", "out"]
+    done = runner.invoke(app, [*arguments, "--model", "mine:net", "--quiet"])
+    assert done.exit_code == 0, done.output
+    assert ed.Report.load(tmp_path / "out" / "report.json").measured_examples == 8
+    for wrong, words in (
+        ("nowhere:net", "no module"),
+        ("mine:other", "no 'other'"),
+        ("mine:not_callable", "not callable"),
+        ("zoo:nothing", "no network"),
+        ("plainname", "expected zoo:NAME"),
+        ("mine:data", "must return a torch.nn.Module"),
+    ):
+        failed = runner.invoke(app, [*arguments, "--model", wrong])
+        assert isinstance(failed.exception, ed.EigenDamageError)
+        assert words in str(failed.exception)
+
+
+def test_errors_are_one_line_and_exit_code_one(tmp_path: Path) -> None:
+    done = _run(
+        *("compress", "--model", "zoo:resnet20", "--data", str(tmp_path / "none")),
+        *("--out", str(tmp_path / "out"), "--macs", "0.5"),
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("eigendamage: there is no data at")
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_usage_errors_exit_with_two_and_version_is_told() -> None:
+    assert _run("compress").returncode == 2
+    assert _run("--version").stdout.strip() == ed.__version__
+
+
+def test_demo_without_finetuning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = {s: zoo.fashion_mnist(s).take(slice(0, 125)) for s in ("train", "test")}
+    monkeypatch.setattr(zoo, "fashion_mnist", lambda split: few[split])
+    out = tmp_path / "demo.json"
+    done = runner.invoke(app, ["demo", "--out", str(out), "--quiet"])
+    assert done.exit_code == 0, done.output
+    budgets = json.loads(out.read_text())["budgets"]
+    assert len(budgets) == 3
+    for entry, fraction in zip(budgets, (0.7, 0.5, 0.35), strict=True):
+        before, after = entry["report"]["macs"]
+        assert after <= fraction * before
+        assert 0 < entry["finetuned"]["accuracy"] <= 1
+    assert torch.get_num_threads() >= 1

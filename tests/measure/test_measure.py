@@ -1,0 +1,118 @@
+"""Counts against torch's flop counter, losses against torch's own functions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import eigendamage as ed
+from eigendamage import zoo
+from eigendamage.layers import find_layers
+from eigendamage.measure import evaluate_together
+from tests.cases import CASES, Case
+
+
+def _flops(model: nn.Module, x: torch.Tensor) -> float:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(x)
+    return counter.get_total_flops() / 2 / len(x)
+
+
+def test_closed_form_counts_are_those_of_the_flop_counter(case: Case) -> None:
+    model, (x, _) = case.model(), case.data(3)
+    counted = ed.count(model, x)
+    assert counted.macs == pytest.approx(_flops(model, x))
+    assert counted.parameters == sum(p.numel() for p in model.parameters())
+    grouped = [n for n, r in find_layers(model).left_alone.items() if "grouped" in r]
+    if not grouped:  # nothing but the listed layers multiplies
+        assert sum(c.macs for c in counted.layers.values()) == pytest.approx(counted.macs)
+    for name, cost in counted.layers.items():
+        module = model.get_submodule(name)
+        assert cost.parameters == sum(p.numel() for p in module.parameters())
+
+
+def test_counts_of_the_compressed_model_are_those_of_the_plan(case: Case) -> None:
+    model, (x, _) = case.model(), case.data(6)
+    curvature = ed.estimate_curvature(model, [x], progress=False)
+    for fraction in (0.9, 0.6):
+        try:
+            plan = ed.make_plan(model, curvature, ed.Budget(macs=fraction))
+        except ed.BudgetError:
+            continue
+        small = ed.apply_plan(model, plan, curvature)
+        assert _flops(small, x) == pytest.approx(plan.macs[1])
+        assert plan.macs[1] <= fraction * plan.macs[0]
+        closed = ed.count(small, x)
+        assert closed.parameters == plan.parameters[1]
+        for name, layer in plan.layers.items():
+            assert closed.layers[name].macs == pytest.approx(layer.macs[1])
+            assert closed.layers[name].parameters == layer.parameters[1]
+
+
+def test_attention_counts_too() -> None:
+    torch.manual_seed(0)
+    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    x = torch.randn(2, 5, 8)
+    counted = ed.count(model, x)
+    # q, k, v and output projections, scores and values, two linear layers
+    assert counted.macs == 5 * 4 * 64 + 2 * 25 * 8 + 2 * 5 * 8 * 16
+
+
+def test_preresnet_and_vgg_count() -> None:
+    x = torch.zeros(1, 3, 32, 32)
+    for build in (zoo.resnet20, zoo.preresnet29):
+        model = build().eval()
+        assert sum(c.macs for c in ed.count(model, x).layers.values()) == _flops(model, x)
+
+
+@pytest.mark.parametrize("name", ["residual", "tokens"])
+def test_loss_and_accuracy_are_torchs(name: str) -> None:
+    case = CASES[name]
+    model, (x, y) = case.model(), case.data(10)
+    data = list(zip(x.split(4), y.split(4), strict=True))
+    found = ed.evaluate(model, data, progress=False)
+    logits = model(x).detach()
+    total = F.cross_entropy(logits.flatten(0, -2), y.flatten(), reduction="sum")
+    assert found.loss == pytest.approx(float(total) / 10)
+    assert found.accuracy == pytest.approx(float((logits.argmax(-1) == y).double().mean()))
+    assert found.divergence is None
+
+
+def test_divergence_is_the_kl_and_zero_from_itself() -> None:
+    model, (x, _) = CASES["fc"].model(), CASES["fc"].data(10)
+    other = CASES["fc"].build().double()
+    zero, found = evaluate_together([model, other], [x[:6], x[6:]], progress=False)
+    p, q = model(x).log_softmax(1).detach(), other(x).log_softmax(1).detach()
+    expected = F.kl_div(q, p, log_target=True, reduction="batchmean")
+    assert found.divergence == pytest.approx(float(expected))
+    assert zero.divergence is None
+    itself = ed.evaluate(model, [x], reference=model, progress=False)
+    assert itself.divergence == 0
+    assert itself.loss is None
+    assert itself.accuracy is None
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "mse", "bce"])
+def test_divergence_is_the_rise_of_the_loss_at_the_models_own_truth(loss: str) -> None:
+    """The second derivative of the divergence is the exact Fisher: both are one contract."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 2, bias=False)).double()
+    x = torch.randn(5, 3, dtype=torch.float64)
+    c = ed.estimate_curvature(model, [x], loss=loss, fisher="exact", progress=False)["0"]
+    step = 1e-4 * torch.randn(2, 3, dtype=torch.float64)
+    moved = nn.Sequential(nn.Linear(3, 2, bias=False)).double()
+    moved.load_state_dict({"0.weight": model[0].weight + step})
+    measured = ed.evaluate(moved, [x], loss=loss, reference=model, progress=False).divergence
+    assert measured is not None
+    total = torch.zeros(6, 6, dtype=torch.float64)
+    for n in range(5):
+        one = ed.estimate_curvature(
+            model, [x[n : n + 1]], loss=loss, fisher="exact", progress=False
+        )["0"]
+        total += torch.kron(one.S, one.A) / 5
+    predicted = 0.5 * step.flatten() @ total @ step.flatten()
+    assert measured == pytest.approx(float(predicted), rel=1e-3)
+    assert float(c.eigenvalues.sum()) == pytest.approx(float(total.trace()))

@@ -1,0 +1,277 @@
+"""compress as a whole, and everything it refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import eigendamage as ed
+from eigendamage import zoo
+from tests.cases import CASES, Case
+
+
+def _network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.Conv2d(16, 24, 3, padding=1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(24, 4),
+    ).eval()
+
+
+def _data(n: int = 24) -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(1)
+    return torch.randn(n, 3, 8, 8, generator=g), torch.randint(0, 4, (n,), generator=g)
+
+
+def test_the_whole_way(tmp_path: Path) -> None:
+    model, (x, y) = _network(), _data()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    result = ed.compress(
+        model,
+        x.split(8),
+        budget=ed.Budget(macs=0.5),
+        eval_data=[(x, y)],
+        calibration_examples=8,
+        progress=False,
+    )
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    report = result.report
+    assert report.macs[1] <= 0.5 * report.macs[0]
+    assert report.macs == (ed.count(model, x).macs, ed.count(result.model, x).macs)
+    assert report.macs == result.plan.macs
+    assert report.parameters == result.plan.parameters
+    assert report.predicted == result.plan.price > 0
+    assert report.measured_on == "eval_data"
+    assert report.original.accuracy == ed.evaluate(model, [(x, y)], progress=False).accuracy
+    final = ed.evaluate(result.model, [(x, y)], reference=model, progress=False)
+    assert report.final.loss == pytest.approx(final.loss)
+    assert report.final.divergence == pytest.approx(final.divergence)
+    assert report.recalibrated is not None
+    assert report.compressed.loss != report.recalibrated.loss
+    assert set(report.calibration) == set(result.curvature)
+    assert report.left_alone == {"1": "BatchNorm2d has no weight matrix"}
+    assert {"curvature", "plan", "surgery", "measurement"} <= set(report.seconds)
+    report.save(tmp_path / "report.json")
+    assert ed.Report.load(tmp_path / "report.json") == report
+    ed.print_report(report)
+
+
+def test_same_seed_same_result() -> None:
+    x, _ = _data()
+    results = [
+        ed.compress(_network(), [x], budget=ed.Budget(params=0.5), seed=4, progress=False)
+        for _ in range(2)
+    ]
+    assert results[0].plan == results[1].plan
+    states = [r.model.state_dict() for r in results]
+    assert all(torch.equal(v, states[1][k]) for k, v in states[0].items())
+
+
+def test_without_labels_or_held_out_data_the_report_says_so() -> None:
+    x, _ = _data()
+    report = ed.compress(_network(), [x], budget=ed.Budget(macs=0.6), progress=False).report
+    assert report.measured_on == "data"
+    assert report.original.accuracy is None
+    assert report.measured_rise is None
+    assert report.final.divergence is not None
+    assert report.final.divergence > 0
+
+
+def test_another_budget_takes_the_curvature_that_is_there() -> None:
+    model, (x, _) = _network(), _data()
+    first = ed.compress(model, [x], budget=ed.Budget(macs=0.7), progress=False)
+    second = ed.compress(
+        model, [x], budget=ed.Budget(macs=0.4), curvature=first.curvature, progress=False
+    )
+    assert second.curvature is first.curvature
+    assert "curvature" not in second.report.seconds
+    assert second.report.macs[1] < first.report.macs[1]
+
+
+def test_a_generator_is_data_too() -> None:
+    model, (x, _) = _network(), _data()
+    budget = ed.Budget(macs=0.6)
+    listed = ed.compress(model, list(x.split(8)), budget=budget, progress=False)
+    made = ed.compress(model, (part for part in x.split(8)), budget=budget, progress=False)
+    assert listed.plan == made.plan
+    assert listed.report.compressed == made.report.compressed
+
+
+def test_a_budget_of_one_returns_the_model_unchanged_and_says_so() -> None:
+    model, (x, _) = _network(), _data()
+    result = ed.compress(model, [x], budget=ed.Budget(macs=1.0), progress=False)
+    assert result.model is not model
+    assert torch.equal(result.model(x), model(x))
+    assert str(result.model) == str(model)
+    assert "stays as is" in result.report.notes[0]
+    assert result.report.final.divergence == 0
+
+
+def test_an_impossible_budget() -> None:
+    with pytest.raises(ed.BudgetError, match="smallest that can be reached"):
+        ed.compress(_network(), [_data()[0]], budget=ed.Budget(macs=0.01), progress=False)
+
+
+@pytest.mark.parametrize("data", [[], iter([]), [torch.zeros(0, 3, 8, 8)]])
+def test_no_example(data: object) -> None:
+    with pytest.raises(ed.DataError, match=r"no example|empty"):
+        ed.compress(_network(), data, budget=ed.Budget(macs=0.5), progress=False)
+
+
+def test_nan_inputs_are_named_by_batch() -> None:
+    x, _ = _data()
+    x[20, 0, 0, 0] = float("nan")
+    with pytest.raises(ed.NonFiniteError, match="input of batch 2 holds 1 NaN"):
+        ed.compress(_network(), x.split(8), budget=ed.Budget(macs=0.5), progress=False)
+
+
+def test_nan_weights_are_named_by_layer() -> None:
+    model = _network()
+    model[3].weight.data[0] = float("inf")
+    with pytest.raises(ed.NonFiniteError):
+        ed.compress(model, [_data()[0]], budget=ed.Budget(macs=0.5), progress=False)
+    # Even where no NaN reaches the output, as behind a dead branch of a ReLU.
+    model = _network()
+    model[3].weight.data[0] = float("nan")
+
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.nan_to_num(self.inner(x))
+
+    with pytest.raises(ed.NonFiniteError, match=r"layer 'inner\.3'"):
+        ed.compress(Masked(), [_data()[0]], budget=ed.Budget(macs=0.5), progress=False)
+
+
+def test_overflowing_gradients_are_named_by_layer() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    model[1].weight.data.mul_(1e30)
+    x = torch.randn(8, 4) * 1e-30
+    with pytest.raises(ed.NonFiniteError, match="layer '0'"):
+        ed.estimate_curvature(model, [x], loss="mse", progress=False)
+
+
+def test_no_compressible_layer() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    with pytest.raises(ed.NothingToCompressError, match="no weight matrix"):
+        ed.compress(model, [_data()[0]], budget=ed.Budget(macs=0.5), progress=False)
+
+
+def test_a_frozen_model_is_compressed_and_stays_frozen() -> None:
+    model = _network().requires_grad_(False)
+    result = ed.compress(model, [_data()[0]], budget=ed.Budget(macs=0.5), progress=False)
+    assert result.plan.changed
+    assert not any(p.requires_grad for p in result.model.parameters())
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_a_module_used_twice_is_summed_and_replaced_everywhere() -> None:
+    case = CASES["shared"]
+    model, (x, _) = case.model(), case.data(12)
+    result = ed.compress(model, [x], budget=ed.Budget(params=0.75), progress=False)
+    assert result.report.macs[1] == pytest.approx(result.plan.macs[1])
+    assert result.model.named is result.model.alias
+    assert result.curvature["twice"].positions == 12 * 42 * 2
+
+
+@pytest.mark.parametrize("broken", ["strings", "triples", "scalars", "labels"])
+def test_data_of_an_unknown_form(broken: str) -> None:
+    x, y = _data()
+    data: object = {
+        "strings": ["image.png"],
+        "triples": [(x, y, y)],
+        "scalars": [torch.tensor(1.0)],
+        "labels": [(x, y[:3])],
+    }[broken]
+    with pytest.raises(ed.DataError):
+        ed.compress(_network(), data, budget=ed.Budget(macs=0.5), progress=False)
+
+
+def test_losses_and_labels_that_do_not_fit() -> None:
+    x, y = _data()
+
+    def run(data: object, **options: object) -> None:
+        ed.compress(_network(), data, budget=ed.Budget(macs=0.5), progress=False, **options)
+
+    with pytest.raises(ed.LossError, match="needs labels"):
+        run([x], fisher="empirical")
+    with pytest.raises(ed.LossError, match="range from"):
+        run([(x, y + 10)], fisher="empirical")
+    with pytest.raises(ed.LossError, match="predictive distribution"):
+        run([(x, y)], loss=nn.functional.cross_entropy)
+    with pytest.raises(ed.LossError, match="targets have shape"):
+        run([(x, y)], loss="mse", fisher="empirical")
+
+
+def test_a_model_without_a_tensor_to_take_a_loss_of() -> None:
+    class Strange(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> str:
+            self.fc(x)
+            return "done"
+
+    with pytest.raises(ed.LossError, match="returned str"):
+        ed.estimate_curvature(Strange(), [torch.randn(2, 4)], progress=False)
+
+
+def test_a_pass_that_sees_other_examples_is_refused() -> None:
+    class Shrinking:
+        def __init__(self) -> None:
+            self.passes = 0
+
+        def __iter__(self) -> Iterator[Tensor]:
+            self.passes += 1
+            return iter([torch.randn(4, 7).double()] * (4 - self.passes))
+
+    with pytest.raises(ed.MismatchError, match="more than once"):
+        ed.estimate_curvature(CASES["fc"].model(), Shrinking(), progress=False)
+
+
+def test_every_model_of_the_table_can_be_compressed(case: Case) -> None:
+    model, (x, y) = case.model(), case.data(12)
+    try:
+        result = ed.compress(
+            model, [(x, y)], budget=ed.Budget(params=0.85), max_ratio=0.8, progress=False
+        )
+    except ed.BudgetError as error:
+        assert "smallest that can be reached" in str(error)
+        return
+    assert result.report.parameters[1] <= 0.85 * result.report.parameters[0]
+    assert result.model(x).shape == model(x).shape
+
+
+def test_finetuning_lowers_the_loss_and_keeps_modes() -> None:
+    train = zoo.fashion_mnist("train").take(slice(0, 600))
+    model = zoo.demo_network()
+    small = ed.compress(
+        model,
+        zoo.ImageSet(train.images[:200]).batches(100),
+        budget=ed.Budget(macs=0.4),
+        calibration_examples=0,
+        progress=False,
+    ).model
+    batches = train.batches(50, shuffle_seed=0)
+    before = ed.evaluate(small, batches, progress=False).loss
+    ed.finetune(small, batches, progress=False)
+    after = ed.evaluate(small, batches, progress=False).loss
+    assert after < before
+    assert not small.training
+    with pytest.raises(ed.DataError, match="labels"):
+        ed.finetune(small, [train.images[:4]], progress=False)
