@@ -50,8 +50,20 @@ def test_compress_writes_everything_that_rebuilds_the_model(images: Path, tmp_pa
     out = tmp_path / "small"
     done = runner.invoke(
         app,
-        "compress --model zoo:demo_network --macs 0.5 --batch-size 32 --json".split()
-        + ["--data", str(images), "--out", str(out)],
+        [
+            "compress",
+            "--model",
+            "zoo:demo_network",
+            "--macs",
+            "0.5",
+            "--batch-size",
+            "32",
+            "--json",
+            "--data",
+            str(images),
+            "--out",
+            str(out),
+        ],
     )
     assert done.exit_code == 0, done.output
     report = ed.Report.load(out / "report.json")
@@ -80,8 +92,17 @@ def test_images_without_a_test_split_hold_out_a_tenth(images: Path, tmp_path: Pa
         np.savez(single, images=arrays["train_images"], mean=arrays["mean"], std=arrays["std"])
     done = runner.invoke(
         app,
-        "compress --model zoo:demo_network --params 0.5".split()
-        + ["--data", str(single), "--out", str(tmp_path / "o")],
+        [
+            "compress",
+            "--model",
+            "zoo:demo_network",
+            "--params",
+            "0.5",
+            "--data",
+            str(single),
+            "--out",
+            str(tmp_path / "o"),
+        ],
     )
     assert done.exit_code == 0, done.output
     report = ed.Report.load(tmp_path / "o" / "report.json")
