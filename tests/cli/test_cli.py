@@ -18,6 +18,7 @@ from eigendamage import zoo
 from eigendamage.cli import app
 
 runner = CliRunner()
+_COMPRESS = ("compress", "--model", "zoo:demo_network", "--batch-size", "32")
 
 
 @pytest.fixture(scope="module")
