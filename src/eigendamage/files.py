@@ -1,4 +1,4 @@
-"""Files that are either whole or not there."""
+"""Files that are either whole or not there, and JSON documents that are checked on load."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ import os
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from eigendamage.errors import FileFormatError
 
 
 @contextmanager
@@ -24,3 +29,39 @@ def written_beside(path: str | Path) -> Generator[Path]:
         beside.replace(final)
     finally:
         beside.unlink(missing_ok=True)
+
+
+D = TypeVar("D", bound="Document")
+
+
+class Frozen(BaseModel):
+    """Data that does not change and has no fields but those it declares."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Document(Frozen):
+    """Data that is kept in a JSON file of its own."""
+
+    def save(self, path: str | Path) -> None:
+        """Write it as JSON, beside the file first and then renamed."""
+        with written_beside(path) as beside:
+            beside.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls: type[D], path: str | Path) -> D:
+        """Read it.
+
+        Raises:
+            FileFormatError: if the file is not such a document, or of another version; the message
+                names the first field that does not fit.
+            FileNotFoundError: if there is no such file.
+        """
+        try:
+            return cls.model_validate_json(Path(path).read_bytes())
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(p) for p in first["loc"]) or "the whole"
+            raise FileFormatError(
+                f"{path} is not a {cls.__name__.lower()}: {where}: {first['msg']}"
+            ) from error

@@ -265,7 +265,7 @@ def test_plan_round_trip_and_broken_files(
         with pytest.raises(ed.FileFormatError, match=words):
             ed.Plan.load(path)
     path.write_text("{")
-    with pytest.raises(ed.FileFormatError, match="not JSON"):
+    with pytest.raises(ed.FileFormatError, match="not a plan"):
         ed.Plan.load(path)
 
 

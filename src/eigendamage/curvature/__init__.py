@@ -6,19 +6,20 @@ from eigendamage.curvature._curvature import Curvature, EigenvalueKind, LayerCur
 from eigendamage.curvature._ekfac import eigenvalue_sum
 from eigendamage.curvature._estimate import estimate_curvature
 from eigendamage.curvature._factors import eigenbasis, gram, homogeneous, input_moments
+from eigendamage.curvature._head import Fisher, Head, PredictiveHead
+from eigendamage.curvature._losses import CrossEntropy, Loss, head_of
 from eigendamage.curvature._store import load_curvature, save_curvature
-from eigendamage.curvature._targets import CrossEntropy, CustomLoss, Fisher, Head, Loss, head_of
 
 __all__ = [
     "CalibrationRow",
     "CrossEntropy",
     "Curvature",
-    "CustomLoss",
     "EigenvalueKind",
     "Fisher",
     "Head",
     "LayerCurvature",
     "Loss",
+    "PredictiveHead",
     "calibration_table",
     "eigenbasis",
     "eigenvalue_sum",

@@ -11,8 +11,9 @@ from torch import nn
 from eigendamage.batches import Batches, Data, call, device_of
 from eigendamage.curvature._capture import Capture, preserved_random_state, undisturbed
 from eigendamage.curvature._curvature import Curvature
+from eigendamage.curvature._head import Fisher
+from eigendamage.curvature._losses import Loss, head_of
 from eigendamage.curvature._sinks import TraceSink
-from eigendamage.curvature._targets import Fisher, Loss, head_of
 from eigendamage.errors import MismatchError
 from eigendamage.layers import find_layers, trace
 

@@ -18,8 +18,9 @@ from eigendamage.curvature._capture import (
     undisturbed,
 )
 from eigendamage.curvature._curvature import Curvature, EigenvalueKind, LayerCurvature
+from eigendamage.curvature._head import Fisher, Head
+from eigendamage.curvature._losses import Loss, head_of
 from eigendamage.curvature._sinks import EigenvalueSink, FactorSink, FactorSums
-from eigendamage.curvature._targets import Fisher, Head, Loss, head_of
 from eigendamage.errors import (
     EigenDamageError,
     LayerError,

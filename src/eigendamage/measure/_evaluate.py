@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from eigendamage.batches import Batch, Batches, Data, call, device_of, logits_of
 from eigendamage.curvature import (
     CrossEntropy,
-    CustomLoss,
     Head,
     Loss,
+    PredictiveHead,
     head_of,
     preserved_random_state,
 )
@@ -134,7 +134,7 @@ class _Tally:
                 kept = batch.target >= 0
                 self._right += int(((predicted == batch.target) & kept).sum())
                 self._judged += int(kept.sum())
-        if reference is not None and not isinstance(self._head, CustomLoss):
+        if reference is not None and isinstance(self._head, PredictiveHead):
             self._compared = True
             self._divergence += float(self._head.divergence(reference, logits, batch).sum())
 

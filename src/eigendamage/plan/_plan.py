@@ -2,33 +2,26 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
-from eigendamage.errors import FileFormatError
-from eigendamage.files import written_beside
+from eigendamage.files import Document, Frozen
 from eigendamage.layers import Cost, Form
 from eigendamage.plan._budget import Budget
 
 PLAN_VERSION = 1
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Keep(_Frozen):
+class Keep(Frozen):
     """The layer stays as it is, for the reason given."""
 
     kind: Literal["keep"] = "keep"
     reason: str
 
 
-class EigenBlock(_Frozen):
+class EigenBlock(Frozen):
     """Rows and columns of the weight that are kept in the Kronecker-factored eigenbasis.
 
     Attributes:
@@ -46,7 +39,7 @@ class EigenBlock(_Frozen):
 Action = Annotated[Keep | EigenBlock, Field(discriminator="kind")]
 
 
-class LayerPlan(_Frozen):
+class LayerPlan(Frozen):
     """What happens to one layer.
 
     Attributes:
@@ -74,7 +67,7 @@ class LayerPlan(_Frozen):
         return not isinstance(self.action, Keep)
 
 
-class Plan(_Frozen):
+class Plan(Document):
     """What is done to each layer, and what that is expected to cost and save.
 
     Attributes:
@@ -108,28 +101,3 @@ class Plan(_Frozen):
     def changed(self) -> tuple[str, ...]:
         """The layers that are changed."""
         return tuple(name for name, layer in self.layers.items() if layer.changes)
-
-    def save(self, path: str | Path) -> None:
-        """Write the plan as JSON, beside the file first and then renamed."""
-        with written_beside(path) as beside:
-            beside.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
-
-    @classmethod
-    def load(cls, path: str | Path) -> Plan:
-        """Read a plan.
-
-        Raises:
-            FileFormatError: if the file is not a plan of this version; the message names the field.
-            FileNotFoundError: if there is no such file.
-        """
-        try:
-            raw = json.loads(Path(path).read_text(encoding="utf-8"))
-            if not isinstance(raw, dict) or raw.get("version") != PLAN_VERSION:
-                raise FileFormatError(f"{path} is not a plan of version {PLAN_VERSION}")
-            return cls.model_validate(raw)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise FileFormatError(f"{path} is not JSON: {error}") from error
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(p) for p in first["loc"])
-            raise FileFormatError(f"{path}: field '{where}': {first['msg']}") from error

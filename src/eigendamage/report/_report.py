@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
 
 from eigendamage._version import __version__
 from eigendamage.curvature import CalibrationRow
-from eigendamage.errors import FileFormatError
-from eigendamage.files import written_beside
+from eigendamage.files import Document, Frozen
 from eigendamage.layers import Form
 from eigendamage.measure import Evaluation
 from eigendamage.plan import EigenBlock, Plan
@@ -22,11 +18,7 @@ from eigendamage.plan import EigenBlock, Plan
 REPORT_VERSION = 1
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Measured(_Frozen):
+class Measured(Frozen):
     """One model, measured; None is what could not be (no labels, a loss without predictions).
 
     Attributes:
@@ -50,7 +42,7 @@ class Measured(_Frozen):
         )
 
 
-class LayerReport(_Frozen):
+class LayerReport(Frozen):
     """One layer: what was done, for what price.
 
     Attributes:
@@ -68,7 +60,7 @@ class LayerReport(_Frozen):
     parameters: tuple[int, int]
 
 
-class Calibration(_Frozen):
+class Calibration(Frozen):
     """The trace of a layer's Fisher block: exact on a few examples, by K-FAC, by Σ λ."""
 
     exact: float
@@ -76,7 +68,7 @@ class Calibration(_Frozen):
     ekfac: float
 
 
-class Environment(_Frozen):
+class Environment(Frozen):
     """What the numbers depend on beside the model and the data."""
 
     eigendamage: str
@@ -108,7 +100,7 @@ _FORM_WORDS: dict[Form, str] = {
 }
 
 
-class Report(_Frozen):
+class Report(Document):
     """What compressing a model was expected to cost and what was measured.
 
     Attributes:
@@ -165,28 +157,6 @@ class Report(_Frozen):
         if self.final.loss is None or self.original.loss is None:
             return None
         return self.final.loss - self.original.loss
-
-    def save(self, path: str | Path) -> None:
-        """Write the report as JSON, beside the file first and then renamed."""
-        with written_beside(path) as beside:
-            beside.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
-
-    @classmethod
-    def load(cls, path: str | Path) -> Report:
-        """Read a report.
-
-        Raises:
-            FileFormatError: if the file is not a report of this version.
-            FileNotFoundError: if there is no such file.
-        """
-        try:
-            return cls.model_validate(json.loads(Path(path).read_text(encoding="utf-8")))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise FileFormatError(f"{path} is not JSON: {error}") from error
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(p) for p in first["loc"])
-            raise FileFormatError(f"{path}: field '{where}': {first['msg']}") from error
 
 
 def layer_reports(plan: Plan) -> dict[str, LayerReport]:

@@ -1,20 +1,8 @@
-"""What is back-propagated: the kinds of Fisher, for each loss.
-
-Every kind is a list of cotangents v of the model's output such that Σ v vᵀ is, in expectation or
-exactly, the matrix wanted there: the Hessian of the loss with respect to the output for ``mc`` and
-``exact`` (it equals the Fisher of the predictive distribution, scaled as the loss is), the outer
-product of the data's own gradients for ``empirical``. The loss of an example is
-
-- ``cross_entropy``: summed over its positions (tokens, pixels), masked ones left out;
-- ``mse``: the mean over its outputs, as ``torch.nn.functional.mse_loss``;
-- ``bce``: the mean over its outputs, as ``binary_cross_entropy_with_logits``.
-"""
+"""The losses that the curvature knows, and a user's own."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -22,100 +10,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eigendamage.batches import Batch, logits_of
+from eigendamage.curvature._head import Fisher, Head, PredictiveHead, Seed, target_of
 from eigendamage.errors import LossError, NonFiniteError
 
-Fisher = Literal["mc", "exact", "empirical"]
 LossFunction = Callable[[Any, Tensor], Tensor]
 Loss = Literal["cross_entropy", "mse", "bce"] | LossFunction
 
 IGNORED_LABEL = -100
-_MOST_PASSES = 65_536
 
 
-@dataclass(frozen=True)
-class Seed:
-    """One backward pass: the tensor to start from, its cotangent, and whether more will follow."""
-
-    start: Tensor
-    cotangent: Tensor
-    more: bool
-
-
-class Head(ABC):
-    """A loss as the curvature sees it."""
-
-    @abstractmethod
-    def per_example(self, output: Any, batch: Batch) -> Tensor:
-        """The loss of each example, (n,)."""
-
-    @abstractmethod
-    def divergence(self, reference: Tensor, logits: Tensor, batch: Batch) -> Tensor:
-        """The expected rise of each example's loss, (n,), if ``reference`` tells the truth.
-
-        Cross-entropy: KL(reference ‖ logits), summed over positions.
-        """
-
-    def seeds(
-        self, output: Any, batch: Batch, fisher: Fisher, random: torch.Generator
-    ) -> Iterator[Seed]:
-        """The backward passes that one batch takes.
-
-        Raises:
-            LossError: if the Fisher needs labels that the batch has not, or they do not fit.
-            NonFiniteError: if the model's output holds a NaN or an infinity.
-        """
-        logits = logits_of(output)
-        if logits.ndim == 0 or logits.shape[0] != batch.size:
-            raise LossError(
-                f"the model's output has shape {tuple(logits.shape)} for {batch.size} examples; "
-                f"its first axis must be the batch"
-            )
-        if not bool(torch.isfinite(logits).all()):
-            raise NonFiniteError(
-                "the model's output holds NaN or infinite values although its input is finite; "
-                "check the weights"
-            )
-        wide = logits.detach()
-        wide = wide if wide.dtype == torch.float64 else wide.float()
-        if fisher == "mc":
-            cotangents: Iterator[Tensor] = iter([self.sampled(wide, batch, random)])
-            total = 1
-        elif fisher == "empirical":
-            cotangents, total = iter([self.observed(wide, batch)]), 1
-        else:
-            total = self.passes(wide)
-            if total > _MOST_PASSES:
-                raise LossError(
-                    f"fisher='exact' would take {total} backward passes a batch for outputs of "
-                    f"shape {tuple(logits.shape)}; use fisher='mc'"
-                )
-            cotangents = self.expected(wide, batch)
-        for index, v in enumerate(cotangents):
-            yield Seed(logits, v.to(logits.dtype), more=index + 1 < total)
-
-    @abstractmethod
-    def sampled(self, logits: Tensor, batch: Batch, random: torch.Generator) -> Tensor:
-        """One cotangent, drawn from the model's own prediction."""
-
-    @abstractmethod
-    def observed(self, logits: Tensor, batch: Batch) -> Tensor:
-        """The gradient of the data's own loss."""
-
-    @abstractmethod
-    def passes(self, logits: Tensor) -> int:
-        """How many cotangents :meth:`expected` yields."""
-
-    @abstractmethod
-    def expected(self, logits: Tensor, batch: Batch) -> Iterator[Tensor]:
-        """Cotangents whose outer products sum to the Hessian exactly."""
-
-
-class CrossEntropy(Head):
+class CrossEntropy(PredictiveHead):
     """Softmax cross-entropy; the classes are axis 1, or the last of (batch, tokens, classes)."""
 
     def per_example(self, output: Any, batch: Batch) -> Tensor:
         logits = self._classes_last(logits_of(output))
-        target = _target(batch)
+        target = target_of(batch)
         if target.is_floating_point():
             losses = -(target * logits.log_softmax(-1)).sum(-1)
         else:
@@ -148,7 +57,7 @@ class CrossEntropy(Head):
     def observed(self, logits: Tensor, batch: Batch) -> Tensor:
         z = self._classes_last(logits)
         p = z.softmax(-1)
-        target = _target(batch)
+        target = target_of(batch)
         if target.is_floating_point():
             return self._as_output(p * target.sum(-1, keepdim=True) - target)
         self._check_labels(z, target)
@@ -211,12 +120,12 @@ class CrossEntropy(Head):
             )
 
 
-class SquaredError(Head):
+class SquaredError(PredictiveHead):
     """Mean squared error over an example's outputs; the Hessian is 2/D times the identity."""
 
     def per_example(self, output: Any, batch: Batch) -> Tensor:
         logits = logits_of(output)
-        return (logits - _same_shape(_target(batch), logits)).square().flatten(1).mean(1)
+        return (logits - _same_shape(target_of(batch), logits)).square().flatten(1).mean(1)
 
     def divergence(self, reference: Tensor, logits: Tensor, batch: Batch) -> Tensor:
         return (logits.double() - reference.double()).square().reshape(batch.size, -1).mean(1)
@@ -228,7 +137,7 @@ class SquaredError(Head):
         return normal * (2 / logits[0].numel()) ** 0.5
 
     def observed(self, logits: Tensor, batch: Batch) -> Tensor:
-        return (logits - _same_shape(_target(batch), logits)) * (2 / logits[0].numel())
+        return (logits - _same_shape(target_of(batch), logits)) * (2 / logits[0].numel())
 
     def passes(self, logits: Tensor) -> int:
         return logits[0].numel()
@@ -238,12 +147,12 @@ class SquaredError(Head):
         yield from _one_at_a_time(torch.full_like(logits, (2 / outputs) ** 0.5))
 
 
-class BinaryCrossEntropy(Head):
+class BinaryCrossEntropy(PredictiveHead):
     """Independent Bernoulli outputs, averaged over an example's outputs."""
 
     def per_example(self, output: Any, batch: Batch) -> Tensor:
         logits = logits_of(output)
-        target = _same_shape(_target(batch), logits).to(logits.dtype)
+        target = _same_shape(target_of(batch), logits).to(logits.dtype)
         losses = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
         return losses.flatten(1).mean(1)
 
@@ -259,7 +168,7 @@ class BinaryCrossEntropy(Head):
         return (p - (uniform < p).to(p.dtype)) / logits[0].numel() ** 0.5
 
     def observed(self, logits: Tensor, batch: Batch) -> Tensor:
-        target = _same_shape(_target(batch), logits).to(logits.dtype)
+        target = _same_shape(target_of(batch), logits).to(logits.dtype)
         return (logits.sigmoid() - target) / logits[0].numel()
 
     def passes(self, logits: Tensor) -> int:
@@ -296,7 +205,7 @@ class CustomLoss(Head):
         yield Seed(total, torch.ones_like(total), more=False)
 
     def per_example(self, output: Any, batch: Batch) -> Tensor:
-        losses = self.function(output, _target(batch))
+        losses = self.function(output, target_of(batch))
         if losses.ndim == 0:
             scale = batch.size if self.reduction == "mean" else 1
             return (losses * scale / batch.size).expand(batch.size)
@@ -306,21 +215,6 @@ class CustomLoss(Head):
                 f"examples; return one loss an example, or one number"
             )
         return losses.reshape(batch.size, -1).sum(1)
-
-    def divergence(self, reference: Tensor, logits: Tensor, batch: Batch) -> Tensor:
-        raise LossError("a loss given as a function has no divergence between two predictions")
-
-    def sampled(self, logits: Tensor, batch: Batch, random: torch.Generator) -> Tensor:
-        raise LossError("a loss given as a function cannot be sampled")
-
-    def observed(self, logits: Tensor, batch: Batch) -> Tensor:
-        raise LossError("a loss given as a function starts from its value, not from the output")
-
-    def passes(self, logits: Tensor) -> int:
-        return 1
-
-    def expected(self, logits: Tensor, batch: Batch) -> Iterator[Tensor]:
-        raise LossError("a loss given as a function has no expectation over labels")
 
 
 def head_of(loss: Loss, reduction: Literal["mean", "sum"] = "mean") -> Head:
@@ -340,15 +234,6 @@ def head_of(loss: Loss, reduction: Literal["mean", "sum"] = "mean") -> Head:
     if not callable(loss):
         raise LossError(f"loss must be a name or a function, found {type(loss).__name__}")
     return CustomLoss(loss, "sum" if declared == "sum" else "mean")
-
-
-def _target(batch: Batch) -> Tensor:
-    if batch.target is None:
-        raise LossError(
-            "this needs labels, but the data has none; give (input, label) batches, or use "
-            "fisher='mc' (the default) or 'exact', which draw labels from the model itself"
-        )
-    return batch.target
 
 
 def _same_shape(target: Tensor, logits: Tensor) -> Tensor:

@@ -1,0 +1,129 @@
+"""What is back-propagated: the kinds of Fisher, for each loss.
+
+Every kind is a list of cotangents v of the model's output such that Σ v vᵀ is, in expectation or
+exactly, the matrix wanted there: the Hessian of the loss with respect to the output for ``mc`` and
+``exact`` (it equals the Fisher of the predictive distribution, scaled as the loss is), the outer
+product of the data's own gradients for ``empirical``. The loss of an example is
+
+- ``cross_entropy``: summed over its positions (tokens, pixels), masked ones left out;
+- ``mse``: the mean over its outputs, as ``torch.nn.functional.mse_loss``;
+- ``bce``: the mean over its outputs, as ``binary_cross_entropy_with_logits``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from eigendamage.batches import Batch, logits_of
+from eigendamage.errors import LossError, NonFiniteError
+
+Fisher = Literal["mc", "exact", "empirical"]
+
+_MOST_PASSES = 65_536
+
+
+@dataclass(frozen=True)
+class Seed:
+    """One backward pass: the tensor to start from, its cotangent, and whether more will follow."""
+
+    start: Tensor
+    cotangent: Tensor
+    more: bool
+
+
+class Head(ABC):
+    """A loss as the curvature sees it."""
+
+    @abstractmethod
+    def per_example(self, output: Any, batch: Batch) -> Tensor:
+        """The loss of each example, (n,)."""
+
+    @abstractmethod
+    def seeds(
+        self, output: Any, batch: Batch, fisher: Fisher, random: torch.Generator
+    ) -> Iterator[Seed]:
+        """The backward passes that one batch takes.
+
+        Raises:
+            LossError: if the Fisher needs labels that the batch has not, or they do not fit.
+            NonFiniteError: if the model's output or the loss holds a NaN or an infinity.
+        """
+
+
+class PredictiveHead(Head):
+    """A loss that is (up to scale) the log-likelihood of a predictive distribution."""
+
+    @abstractmethod
+    def divergence(self, reference: Tensor, logits: Tensor, batch: Batch) -> Tensor:
+        """The expected rise of each example's loss, (n,), if ``reference`` tells the truth.
+
+        Cross-entropy: KL(reference ‖ logits), summed over positions.
+        """
+
+    def seeds(
+        self, output: Any, batch: Batch, fisher: Fisher, random: torch.Generator
+    ) -> Iterator[Seed]:
+        logits = logits_of(output)
+        if logits.ndim == 0 or logits.shape[0] != batch.size:
+            raise LossError(
+                f"the model's output has shape {tuple(logits.shape)} for {batch.size} examples; "
+                f"its first axis must be the batch"
+            )
+        if not bool(torch.isfinite(logits).all()):
+            raise NonFiniteError(
+                "the model's output holds NaN or infinite values although its input is finite; "
+                "check the weights"
+            )
+        wide = logits.detach()
+        wide = wide if wide.dtype == torch.float64 else wide.float()
+        if fisher == "mc":
+            cotangents: Iterator[Tensor] = iter([self.sampled(wide, batch, random)])
+            total = 1
+        elif fisher == "empirical":
+            cotangents, total = iter([self.observed(wide, batch)]), 1
+        else:
+            total = self.passes(wide)
+            if total > _MOST_PASSES:
+                raise LossError(
+                    f"fisher='exact' would take {total} backward passes a batch for outputs of "
+                    f"shape {tuple(logits.shape)}; use fisher='mc'"
+                )
+            cotangents = self.expected(wide, batch)
+        for index, v in enumerate(cotangents):
+            yield Seed(logits, v.to(logits.dtype), more=index + 1 < total)
+
+    @abstractmethod
+    def sampled(self, logits: Tensor, batch: Batch, random: torch.Generator) -> Tensor:
+        """One cotangent, drawn from the model's own prediction."""
+
+    @abstractmethod
+    def observed(self, logits: Tensor, batch: Batch) -> Tensor:
+        """The gradient of the data's own loss."""
+
+    @abstractmethod
+    def passes(self, logits: Tensor) -> int:
+        """How many cotangents :meth:`expected` yields."""
+
+    @abstractmethod
+    def expected(self, logits: Tensor, batch: Batch) -> Iterator[Tensor]:
+        """Cotangents whose outer products sum to the Hessian exactly."""
+
+
+def target_of(batch: Batch) -> Tensor:
+    """The labels of a batch.
+
+    Raises:
+        LossError: if it has none.
+    """
+    if batch.target is None:
+        raise LossError(
+            "this needs labels, but the data has none; give (input, label) batches, or use "
+            "fisher='mc' (the default) or 'exact', which draw labels from the model itself"
+        )
+    return batch.target
