@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# The machine may have several GB of CUDA builds on offer; constraints.txt pins the one we test.
+# constraints.txt pins the versions that the tests run with, torch first of all.
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
 .PHONY: demo test check docs clean format

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, cast
 
 import torch
@@ -18,6 +19,7 @@ Data = Iterable[Any] | Tensor
 
 LABEL_KEYS = ("labels", "label", "targets", "target")
 _DATASET_BATCH = 64
+_PEEKED = 8
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,8 @@ class Batches:
     """Data that can be gone through several times, on one device, cut off after ``limit`` examples.
 
     A one-shot iterator (a generator, say) is kept in memory on the first pass, because most of what
-    is built on curvature needs two. Iterating raises :class:`DataError` if there is no example, and
-    :class:`NonFiniteError` where an input has a NaN or an infinity.
+    is built on curvature needs two. Iterating raises `DataError` if there is no example, and
+    `NonFiniteError` where an input has a NaN or an infinity.
     """
 
     def __init__(self, data: Data, device: torch.device, limit: int | None = None) -> None:
@@ -75,8 +77,14 @@ class Batches:
             )
 
     def peek(self) -> Batch:
-        """The first batch, without using it up."""
-        return next(iter(self))
+        """The first batch that holds several examples, or the first if none of a few does."""
+        first: Batch | None = None
+        for batch in islice(self, _PEEKED):
+            if batch.size > 1:
+                return batch
+            first = first or batch
+        assert first is not None  # iterating raises where there is no batch
+        return first
 
     def __len__(self) -> int:
         """Number of batches, 0 where it is not known before a pass."""
@@ -123,7 +131,7 @@ def _is_input_label_pair(data: object) -> bool:
 
 
 def as_batch(raw: object, index: int, device: torch.device) -> Batch:
-    """One item of the user's data as a :class:`Batch` on ``device``.
+    """One item of the user's data as a `Batch` on ``device``.
 
     Raises:
         DataError: if the item is neither a tensor, an (input, label) pair nor a dict of tensors.
@@ -258,6 +266,16 @@ def logits_of(output: Any) -> Tensor:
             f"forward returns the logits."
         )
     return found
+
+
+def output_tensors(output: Any) -> list[Tensor]:
+    """All floating-point tensors of a model's output, whatever holds them.
+
+    Raises:
+        LossError: if there is none.
+    """
+    found = [t for t in _tensors(output) if t.is_floating_point()]
+    return found or [logits_of(output)]
 
 
 def device_of(model: nn.Module) -> torch.device:

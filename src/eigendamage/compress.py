@@ -34,7 +34,7 @@ from eigendamage.surgery import apply_plan, recalibrate_batchnorm
 
 @dataclass(frozen=True, eq=False)
 class Compressed:
-    """What :func:`compress` returns.
+    """What `compress` returns.
 
     Attributes:
         model: the smaller model, a plain module.
@@ -76,16 +76,16 @@ def compress(
         model: the trained network.
         data: some of its inputs in batches; labels are not needed unless ``fisher="empirical"``.
         budget: how small the result has to be.
-        method: see :func:`make_plan`.
+        method: see `make_plan`.
         eval_data: held-out batches to measure on; ``data`` itself if there is none, which the
             report then says. Nothing is chosen by it.
         curvature: of this model, if it was estimated before; saves the passes over the data.
-        loss: see :func:`estimate_curvature`; likewise ``fisher``, ``eigenvalues``,
+        loss: see `estimate_curvature`; likewise ``fisher``, ``eigenvalues``,
             ``max_examples``, ``reduction`` and ``seed``.
         fisher: which labels.
         eigenvalues: λ, or the paper's Λ_S Λ_A.
-        max_ratio: see :func:`make_plan`.
-        form: see :func:`make_plan`.
+        max_ratio: see `make_plan`.
+        form: see `make_plan`.
         ignore: shell patterns over dotted paths of layers to leave alone.
         max_examples: the most examples of ``data`` to use.
         recalibrate: measure batch norm's statistics again on ``data``, without labels.
@@ -99,8 +99,8 @@ def compress(
         returns a copy of the model, and the report's notes say so.
 
     Raises:
-        EigenDamageError: one of its subclasses, as :func:`estimate_curvature` and
-            :func:`make_plan` say.
+        EigenDamageError: one of its subclasses, as `estimate_curvature` and
+            `make_plan` say.
     """
     clock = _Clock()
     ignored = (ignore,) if isinstance(ignore, str) else tuple(ignore)

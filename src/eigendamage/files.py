@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -41,7 +42,7 @@ class Frozen(BaseModel):
 
 
 class Document(Frozen):
-    """Data that is kept in a JSON file of its own."""
+    """Data that is kept in a JSON file of its own; subclasses declare a ``version``."""
 
     def save(self, path: str | Path) -> None:
         """Write it as JSON, beside the file first and then renamed."""
@@ -57,11 +58,15 @@ class Document(Frozen):
                 names the first field that does not fit.
             FileNotFoundError: if there is no such file.
         """
+        what = cls.__name__.lower()
         try:
-            return cls.model_validate_json(Path(path).read_bytes())
+            raw = json.loads(Path(path).read_bytes())
+            if not isinstance(raw, dict) or "version" not in raw:
+                raise FileFormatError(f"{path} is not a {what}: it says no version")
+            return cls.model_validate_json(json.dumps(raw))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise FileFormatError(f"{path} is not a {what}, nor any JSON: {error}") from error
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(p) for p in first["loc"]) or "the whole"
-            raise FileFormatError(
-                f"{path} is not a {cls.__name__.lower()}: {where}: {first['msg']}"
-            ) from error
+            raise FileFormatError(f"{path} is not a {what}: {where}: {first['msg']}") from error

@@ -339,3 +339,30 @@ def test_unknown_options_are_refused(wrong: dict[str, object]) -> None:
     x, _ = CASES["fc"].data(4)
     with pytest.raises((EigenDamageError, Exception), match=str(next(iter(wrong)))):
         estimate_curvature(CASES["fc"].model(), [x], progress=False, **wrong)
+
+
+def test_a_function_as_loss_may_take_any_output() -> None:
+    class Detector(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.boxes, self.scores = nn.Linear(5, 6), nn.Linear(6, 4), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> dict[str, dict[str, Tensor]]:
+            h = torch.tanh(self.body(x))
+            return {"found": {"boxes": self.boxes(h), "scores": self.scores(h)}}
+
+    def loss(output: dict[str, dict[str, Tensor]], target: Tensor) -> Tensor:
+        found = output["found"]
+        return (found["boxes"] - target).square().sum(1) + found["scores"].square().sum(1)
+
+    torch.manual_seed(0)
+    x, y = torch.randn(6, 5), torch.randn(6, 4)
+    found = estimate_curvature(Detector(), [(x, y)], loss=loss, fisher="empirical", progress=False)
+    assert set(found) == {"body", "boxes", "scores"}
+    assert set(found.classifier) == {"boxes", "scores"}
+
+
+def test_the_layout_is_probed_on_the_first_batch_of_several() -> None:
+    x = torch.randn(6, 8, 4)
+    found = estimate_curvature(_TimeFirst(), [x[:1], x[1:]], progress=False)
+    assert "batch on another axis" in found.left_alone["inner"]

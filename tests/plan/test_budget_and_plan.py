@@ -276,3 +276,14 @@ def test_token_layers_are_planned_too() -> None:
     plan = ed.make_plan(model, curvature, ed.Budget(macs=0.8))
     assert plan.changed
     assert plan.macs[0] == 5 * (6 * 10 + 10 * 6 + 6 * 4)
+
+
+def test_without_the_real_output_layer_no_other_is_taken_for_it() -> None:
+    model = _wide()
+    curvature = ed.estimate_curvature(
+        model, [torch.randn(16, 3, 8, 8)], ignore=["11"], progress=False
+    )
+    assert curvature.classifier == ()
+    softened = nn.Sequential(model, nn.Softmax(1))
+    found = ed.estimate_curvature(softened, [torch.randn(16, 3, 8, 8)], progress=False)
+    assert found.classifier == ("0.11",)

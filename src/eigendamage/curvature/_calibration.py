@@ -56,7 +56,7 @@ def calibration_table(
 
     Raises:
         MismatchError: if the curvature is of another model.
-        DataError, LossError, NonFiniteError: as :func:`estimate_curvature`.
+        DataError, LossError, NonFiniteError: as `estimate_curvature`.
     """
     head = head_of(loss, reduction)
     found = find_layers(model).compressible

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from eigendamage.batches import Batch, call, logits_of
+from eigendamage.batches import Batch, call, output_tensors
 from eigendamage.errors import LayerError
 from eigendamage.layers import Layer, evaluating
 
@@ -210,11 +210,16 @@ def probe_layout(
     probe = _LayoutProbe()
     with undisturbed(model), Capture(layers.values(), probe) as capture:
         capture.expect(few.size)
-        logits = logits_of(call(model, few))
-        if logits.requires_grad:
-            cotangent = torch.zeros_like(logits)
-            # Not constant over an example's outputs: softmax and normalisation cancel constants.
-            generator = torch.Generator().manual_seed(0)
-            cotangent[0] = torch.randn(logits.shape[1:], generator=generator).to(logits)
-            logits.backward(cotangent)
+        outputs = [
+            t
+            for t in output_tensors(call(model, few))
+            if t.requires_grad and t.ndim > 0 and t.shape[0] == few.size
+        ]
+        # Not constant over an example's outputs: softmax and normalisation cancel constants.
+        generator = torch.Generator().manual_seed(0)
+        cotangents = [torch.zeros_like(t) for t in outputs]
+        for v in cotangents:
+            v[0] = torch.randn(v.shape[1:], generator=generator).to(v)
+        if outputs:
+            torch.autograd.backward(outputs, cotangents)
     return probe.reached, probe.reasons

@@ -85,12 +85,13 @@ class LayerCurvature:
 
 @dataclass(frozen=True, eq=False)
 class Curvature(Mapping[str, LayerCurvature]):
-    """The curvature of a model's layers: a mapping from dotted path to :class:`LayerCurvature`.
+    """The curvature of a model's layers: a mapping from dotted path to `LayerCurvature`.
 
     Attributes:
         layers: the layers, in the order in which they run.
         left_alone: why every other module with parameters is not among them.
-        classifier: the layers whose output is the model's (the last that runs, if none is).
+        classifier: the layers whose output is the model's; the last that runs, if no module with
+            parameters returns it.
         macs: multiply-accumulates of one example in the whole model.
         parameters: number of parameters of the whole model.
         examples: N.
@@ -122,7 +123,7 @@ class Curvature(Mapping[str, LayerCurvature]):
         """The curvature of both sets of data together, each weighted by its examples.
 
         S, A and the mean are exact. So is λ if both were estimated in one basis (``basis=`` of
-        :func:`estimate_curvature`), which is then kept. If not, the eigenbasis is that of the
+        `estimate_curvature`), which is then kept. If not, the eigenbasis is that of the
         merged factors, and each λ is carried into it as the diagonal of Q diag(λ) Qᵀ there: its
         sum, the trace, stays exact, its distribution is an approximation.
 

@@ -82,7 +82,7 @@ def estimate_curvature(
         progress: whether to show progress.
 
     Returns:
-        A mapping from dotted path to :class:`LayerCurvature`, in order of execution.
+        A mapping from dotted path to `LayerCurvature`, in order of execution.
 
     Raises:
         NothingToCompressError: if the model has no compressible layer, or none that the loss
@@ -119,14 +119,18 @@ def estimate_curvature(
         if basis is None:
             sink = FactorSink(home)
             passes.run(group, sink, f"S and A{part}")
-            done.update(_factors(group, sink.sums, passes.examples, survey.trace, home))
+            done.update(_factors(group, sink.sums, passes.examples, survey.trace))
         else:
             done.update({layer.name: basis[layer.name] for layer in group})
         if eigenvalues == "ekfac":
             lam = _eigenvalues(group, done, passes, survey.trace, home, f"λ{part}")
             for layer in group:
+                known = done[layer.name]
                 done[layer.name] = replace(
-                    done[layer.name], eigenvalues=lam[layer.name], examples=passes.examples
+                    known,
+                    eigenvalues=lam[layer.name],
+                    examples=passes.examples,
+                    positions=round(known.positions / known.examples * passes.examples),
                 )
     return Curvature(
         layers={name: done[name] for name in survey.trace.layers if name in done},
@@ -181,8 +185,10 @@ def _survey(model: nn.Module, batch: Batch, ignore: Iterable[str]) -> Survey:
         raise NothingToCompressError(
             "no compressible layer of the model can be handled. " + _reasons(left_alone)
         )
-    outputs = tuple(n for n in layers if traced.layers[n].is_output)
-    return Survey(layers, left_alone, traced, outputs or (list(layers)[-1],))
+    classifier = tuple(n for n in layers if n in traced.outputs)
+    if not traced.outputs:  # something without parameters comes after it
+        classifier = (list(layers)[-1],)
+    return Survey(layers, left_alone, traced, classifier)
 
 
 class _Passes:
@@ -238,7 +244,6 @@ def _factors(
     sums: Mapping[str, FactorSums],
     examples: int,
     traced: Trace,
-    home: torch.device | None,
 ) -> dict[str, LayerCurvature]:
     found: dict[str, LayerCurvature] = {}
     for layer in layers:

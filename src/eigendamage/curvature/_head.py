@@ -108,7 +108,7 @@ class PredictiveHead(Head):
 
     @abstractmethod
     def passes(self, logits: Tensor) -> int:
-        """How many cotangents :meth:`expected` yields."""
+        """How many cotangents `expected` yields."""
 
     @abstractmethod
     def expected(self, logits: Tensor, batch: Batch) -> Iterator[Tensor]:

@@ -17,7 +17,7 @@ from eigendamage.layers._cost import Cost, LayerShape
 from eigendamage.layers._factored import FactoredConv2d, FactoredLinear
 from eigendamage.layers._geometry import ConvGeometry
 
-# Their forward reads the weights of these children directly and never calls them.
+# Their forward may read the weights of these children directly instead of calling them.
 _READS_CHILDREN = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 
@@ -83,7 +83,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Layers:
-    """What :func:`find_layers` found: nothing with parameters is missing from both.
+    """What `find_layers` found: nothing with parameters is missing from both.
 
     Attributes:
         compressible: the layers that can be compressed, by dotted path, in registration order.
@@ -176,7 +176,7 @@ def _why_not(
         matrix = any(p.ndim >= 2 for p in own.values())
         return f"{kind} is not a Linear or Conv2d" if matrix else f"{kind} has no weight matrix"
     if id(module) in opaque:
-        return f"its weight is read directly by {opaque[id(module)]}, which never calls it"
+        return f"its weight is read directly by {opaque[id(module)]}, past its forward"
     base = nn.Linear if isinstance(module, nn.Linear) else nn.Conv2d
     if type(module).forward is not base.forward:
         return f"{kind} overrides the forward of {base.__name__}"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from eigendamage.batches import Batch, call, logits_of
+from eigendamage.batches import Batch, call, output_tensors
 from eigendamage.errors import ShapeError
 from eigendamage.layers._cost import LayerShape
 from eigendamage.layers._find import Layer
@@ -28,12 +28,10 @@ class LayerTrace:
     Attributes:
         calls: how often it ran in one forward pass.
         shape: its sizes; positions are those of one example, summed over its calls.
-        is_output: whether what it returned is the model's output.
     """
 
     calls: int
     shape: LayerShape
-    is_output: bool
 
 
 @dataclass(frozen=True)
@@ -42,11 +40,13 @@ class Trace:
 
     Attributes:
         layers: the layers that ran, in the order in which they first did.
+        outputs: the modules, compressible or not, that returned the model's output.
         macs: multiply-accumulates of one example in the whole model, everything included that
             ``torch.utils.flop_counter`` knows (also attention and layers that are left alone).
     """
 
     layers: Mapping[str, LayerTrace]
+    outputs: frozenset[str]
     macs: float
 
 
@@ -93,12 +93,23 @@ def trace(model: nn.Module, layers: Mapping[str, Layer], batch: Batch) -> Trace:
             pointwise = layer.geometry is None or layer.geometry.is_pointwise
             positions_in = positions_out if pointwise else x.numel() / layer.inputs / few.size
             calls.setdefault(layer.name, []).append((positions_in, positions_out))
-            returned[layer.name] = output
+
+        return hook
+
+    def note(name: str) -> Any:
+        def hook(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+            if isinstance(output, Tensor):
+                returned[name] = output
 
         return hook
 
     handles = [
         layer.module.register_forward_hook(watch(layer), prepend=True) for layer in layers.values()
+    ]
+    handles += [
+        module.register_forward_hook(note(name), prepend=True)
+        for name, module in model.named_modules()
+        if any(True for _ in module.parameters(recurse=False)) or name in layers
     ]
     counter = FlopCounterMode(display=False)
     try:
@@ -112,7 +123,7 @@ def trace(model: nn.Module, layers: Mapping[str, Layer], batch: Batch) -> Trace:
         ):
             # Reentrant checkpoints warn of what is meant here: no gradients.
             warnings.filterwarnings("ignore", message="None of the inputs have requires_grad")
-            logits = logits_of(call(model, few))
+            outputs = output_tensors(call(model, few))
     finally:
         for handle in handles:
             handle.remove()
@@ -120,11 +131,13 @@ def trace(model: nn.Module, layers: Mapping[str, Layer], batch: Batch) -> Trace:
         name: LayerTrace(
             calls=len(seen),
             shape=layers[name].shape(sum(s[0] for s in seen), sum(s[1] for s in seen)),
-            is_output=_same_storage(returned[name], logits),
         )
         for name, seen in calls.items()
     }
-    return Trace(found, counter.get_total_flops() / 2 / few.size)
+    last = frozenset(
+        name for name, mine in returned.items() if any(_same_storage(mine, out) for out in outputs)
+    )
+    return Trace(found, last, counter.get_total_flops() / 2 / few.size)
 
 
 def _same_storage(a: Tensor, b: Tensor) -> bool:

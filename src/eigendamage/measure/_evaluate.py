@@ -58,7 +58,7 @@ def evaluate(
     Args:
         model: the model to measure.
         data: batches; labels are used if every batch has them.
-        loss: as in :func:`estimate_curvature`.
+        loss: as in `estimate_curvature`.
         reference: the original model, to measure the divergence from.
         max_examples: stop after that many examples.
         reduction: what a loss function that returns one number has done over the batch.
@@ -90,7 +90,7 @@ def evaluate_together(
 ) -> list[Evaluation]:
     """Measure several models in one pass over the data; the first is the others' reference.
 
-    Args and errors are those of :func:`evaluate`.
+    Args and errors are those of `evaluate`.
     """
     head = head_of(loss, reduction)
     tallies = [_Tally(head) for _ in models]

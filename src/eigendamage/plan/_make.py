@@ -34,12 +34,13 @@ def make_plan(
 
     Args:
         model: the network that the curvature is of; only its weights are read.
-        curvature: from :func:`estimate_curvature`.
+        curvature: from `estimate_curvature`.
         budget: how small the result has to be.
         method: ``eigendamage``: rows and columns of the weights in the Kronecker-factored
             eigenbasis against one global threshold (Wang et al. 2019). The classifier is kept.
-        max_ratio: the largest fraction of one side of a layer that may go (the paper's
-            prune_ratio_limit).
+        max_ratio: where more than this fraction of one side of a layer would go, its
+            ⌊max_ratio · n⌋ + 1 cheapest units go and no more (the prune_ratio_limit of the paper's
+            code).
         form: ``cheapest`` multiplies neighbouring stages together where that costs less,
             ``three`` keeps the paper's three stages.
         eigenvalues: price by λ (``ekfac``) or by Λ_S Λ_A (``kfac``, the paper's); what the

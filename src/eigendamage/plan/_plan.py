@@ -74,7 +74,8 @@ class Plan(Document):
         version: of the file format.
         method: name of the method.
         budget: what was asked for.
-        ratio: the fraction of units removed, where the method has one.
+        ratio: the fraction of units whose price the threshold reaches, where the method has one.
+            Fewer go where a layer would not shrink, or one side would lose too many.
         layers: by dotted path, in the order in which they run.
         left_alone: why other modules with parameters are not in the plan.
         macs: multiply-accumulates of one example in the whole model, before and after.

@@ -38,7 +38,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Selection:
-    """What one threshold makes of all layers, and the fraction of units below it."""
+    """What one threshold makes of all layers, and the fraction of units that do not exceed it."""
 
     choices: Mapping[str, Choice]
     ratio: float
@@ -50,7 +50,7 @@ class GlobalThreshold:
     Args:
         candidates: the layers that may be cut, by dotted path.
         total: cost of the whole model as it is.
-        max_ratio: the largest fraction of one side of a layer that may go.
+        max_ratio: where more than this fraction of a side would go, the side has its own threshold.
         form: ``three`` for the paper's three stages, ``cheapest`` to multiply neighbours together
             where that costs less (the product is the same).
     """
@@ -58,8 +58,8 @@ class GlobalThreshold:
     def __init__(
         self, candidates: Mapping[str, Candidate], total: Cost, max_ratio: float, form: FormChoice
     ) -> None:
-        if not 0 <= max_ratio < 1:
-            raise EigenDamageError(f"max_ratio is {max_ratio}; it must be at least 0 and below 1")
+        if not 0 < max_ratio < 1:
+            raise EigenDamageError(f"max_ratio is {max_ratio}; it must be above 0 and below 1")
         if form not in ("cheapest", "three"):
             raise EigenDamageError(f"form '{form}' is unknown; known are cheapest, three")
         self._candidates = candidates

@@ -107,11 +107,12 @@ class Report(Document):
         model: class name of the model.
         method: name of the method.
         budget: what was asked for, in words.
-        ratio: fraction of units removed, where the method has one.
+        ratio: the fraction of units whose price the threshold reaches; see `Plan`.
         macs: of one example in the whole model, before and after, both as counted on a run.
         parameters: before and after, counted.
         examples: examples that the curvature is of.
-        predicted: expected rise of the mean loss per example, the sum of the prices.
+        predicted: expected rise of the mean loss per example right after surgery, the sum of the
+            prices.
         measured_on: ``eval_data``, or ``data`` if the only data was that of the curvature.
         measured_examples: how many examples were measured on.
         original: the model as it was.
@@ -151,12 +152,16 @@ class Report(Document):
         """The model that is handed back: recalibrated if it was."""
         return self.recalibrated or self.compressed
 
+    def rise(self, measured: Measured) -> float | None:
+        """Rise of a version's mean loss over the original's, where there are labels."""
+        if measured.loss is None or self.original.loss is None:
+            return None
+        return measured.loss - self.original.loss
+
     @property
     def measured_rise(self) -> float | None:
         """Rise of the mean loss of the model that is handed back, where there are labels."""
-        if self.final.loss is None or self.original.loss is None:
-            return None
-        return self.final.loss - self.original.loss
+        return self.rise(self.final)
 
 
 def layer_reports(plan: Plan) -> dict[str, LayerReport]:

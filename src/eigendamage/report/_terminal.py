@@ -64,7 +64,7 @@ def _measured(report: Report) -> Table:
     )
     table = Table(title=f"Measured on {report.measured_examples} examples of {where}")
     table.add_column("")
-    for column in ("accuracy", "loss", "divergence from original"):
+    for column in ("accuracy", "loss", "rise of loss", "divergence"):
         table.add_column(column, justify="right")
     rows: list[tuple[str, Measured | None]] = [
         ("original", report.original),
@@ -73,10 +73,15 @@ def _measured(report: Report) -> Table:
     ]
     for what, m in rows:
         if m is not None:
-            table.add_row(what, percent(m.accuracy), number(m.loss), number(m.divergence))
+            table.add_row(
+                what,
+                percent(m.accuracy),
+                number(m.loss),
+                "" if m is report.original else number(report.rise(m)),
+                "" if m is report.original else number(m.divergence),
+            )
     table.add_section()
-    table.add_row("predicted rise", "", number(report.predicted), "")
-    table.add_row("measured rise", "", number(report.measured_rise), "")
+    table.add_row("predicted", "", "", number(report.predicted), number(report.predicted))
     return table
 
 

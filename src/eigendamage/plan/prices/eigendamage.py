@@ -64,7 +64,7 @@ def unit_prices(
 
 
 def layer_prices(weight: Float[Tensor, "o i K"], curvature: LayerCurvature) -> UnitPrices:
-    """:func:`unit_prices` of a layer, on the CPU."""
+    """`unit_prices` of a layer, on the CPU."""
     c = curvature
     return unit_prices(weight.cpu(), c.Q_S.cpu(), c.Q_A.cpu(), c.eigenvalues.cpu())
 
@@ -82,8 +82,9 @@ def kept_above(
 ) -> tuple[int, ...]:
     """Indices of the units of one side that stay: those above the threshold, and never too few.
 
-    Where more than ``max_ratio`` of them would go, the dearest 1 − ``max_ratio`` stay; at least
-    one always does.
+    Where more than ``max_ratio`` of them would go, the threshold becomes the price of unit number
+    ⌊``max_ratio`` · n⌋ of this side in ascending order: what is above it stays, so up to one unit
+    more than that fraction goes, as in the paper's code. At least one unit, the dearest, stays.
     """
     keep = price > threshold
     if float((~keep).double().mean()) > max_ratio:

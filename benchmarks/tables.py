@@ -1,0 +1,395 @@
+"""Rewrite the tables in README.md and docs/ from benchmarks/results, and draw the demo's picture.
+
+Run ``python benchmarks/tables.py`` after a benchmark has written its result. A table stands between
+``<!-- table:NAME -->`` and ``<!-- /table -->``. With ``--check`` nothing is written, and the exit
+code is 1 if a page or the picture is not what the results say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import re
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+PICTURE = Path("docs/images/demo.svg")
+MISSING = "*Not measured yet.*"
+LAYERS_OF = "macs 0.5"
+_OPENING = "<!-- table:"
+_MARKED = re.compile(r"(<!-- table:([\w-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, words: int = 1) -> str:
+    """A Markdown table whose first ``words`` columns are text and the others numbers."""
+    rule = [":--" if k < words else "--:" for k in range(len(header))]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *rows))
+
+
+def percent(fraction: float | None) -> str:
+    return "–" if fraction is None else f"{100 * fraction:.1f} %"
+
+
+def short(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}"
+
+
+def rise(measured: Mapping[str, float] | None, original: Mapping[str, float]) -> float | None:
+    """By how much the mean loss rose."""
+    return None if measured is None else measured["loss"] - original["loss"]
+
+
+def demo(results: Mapping[str, Any]) -> str:
+    reports = [entry["report"] for entry in results["budgets"]]
+    before = reports[0]
+    rows = [["100.0 %", "100.0 %", percent(before["original"]["accuracy"]), "–", "–"]]
+    for entry in results["budgets"]:
+        report = entry["report"]
+        recalibrated, tuned = report["recalibrated"], entry["finetuned"]
+        rows.append(
+            [
+                percent(report["macs"][1] / report["macs"][0]),
+                percent(report["parameters"][1] / report["parameters"][0]),
+                percent(report["compressed"]["accuracy"]),
+                percent(recalibrated and recalibrated["accuracy"]),
+                percent(tuned and tuned["accuracy"]),
+            ]
+        )
+    header = [
+        "MACs left",
+        "parameters left",
+        "accuracy right after",
+        "batch norm recalibrated",
+        "after one epoch",
+    ]
+    return f"{table(header, rows, words=0)}\n\n{demo_source(results)}"
+
+
+def demo_source(results: Mapping[str, Any]) -> str:
+    """What the demo's numbers were measured with."""
+    first = results["budgets"][0]["report"]
+    here = first["environment"]
+    return (
+        f"`{results['command']}`, seed {results['seed']}: {first['measured_examples']:,} test "
+        f"images, curvature of {first['examples']:,} training images without labels. eigendamage "
+        f"{here['eigendamage']}, torch {here['torch']}, {here['platform']}, {here['device']}, "
+        f"{here['threads']} threads."
+    )
+
+
+def demo_loss(results: Mapping[str, Any]) -> str:
+    rows = []
+    for entry in results["budgets"]:
+        report = entry["report"]
+        original, compressed = report["original"], report["compressed"]
+        recalibrated, predicted = report["recalibrated"], report["predicted"]
+        at_once, later = rise(compressed, original), rise(recalibrated, original)
+        rows.append(
+            [
+                percent(report["macs"][1] / report["macs"][0]),
+                short(predicted),
+                short(at_once),
+                "–" if at_once is None else f"{at_once / predicted:.0f} ×",
+                short(later),
+                "–" if later is None else f"{later / predicted:.0f} ×",
+                short(compressed["divergence"]),
+                short(recalibrated and recalibrated["divergence"]),
+            ]
+        )
+    header = [
+        "MACs left",
+        "predicted rise of loss",
+        "measured right after",
+        "to predicted",
+        "batch norm recalibrated",
+        "to predicted",
+        "KL right after",
+        "KL recalibrated",
+    ]
+    return table(header, rows, words=0)
+
+
+def demo_layers(results: Mapping[str, Any]) -> str:
+    reports = [entry["report"] for entry in results["budgets"]]
+    report = next((r for r in reports if r["budget"] == LAYERS_OF), reports[0])
+    rows = [
+        [
+            f"`{name}`",
+            layer["action"],
+            "–" if layer["ranks"] is None else "{} × {}".format(*layer["ranks"]),
+            f"{layer['price']:.1e}" if layer["price"] else "0",
+            percent(layer["macs"][1] / layer["macs"][0]),
+            percent(layer["parameters"][1] / layer["parameters"][0]),
+        ]
+        for name, layer in report["layers"].items()
+    ]
+    header = ["layer", "what is done", "rows × columns", "price", "MACs left", "parameters left"]
+    return table(header, rows, words=2)
+
+
+def calibration(results: Mapping[str, Any]) -> str:
+    found = results["budgets"][0]["report"]["calibration"]
+    rows = [
+        [
+            f"`{name}`",
+            short(row["exact"]),
+            f"{row['kfac'] / row['exact']:.2f}",
+            f"{row['ekfac'] / row['exact']:.2f}",
+        ]
+        for name, row in found.items()
+        if row["exact"]
+    ]
+    return table(["layer", "exact trace, few images", "K-FAC to exact", "Σ λ to exact"], rows)
+
+
+def curvature_cost(results: Mapping[str, Any]) -> str:
+    parts: list[str] = []
+    for network, found in results["networks"].items():
+        rows = [
+            [
+                variant,
+                f"{statistics.median(values['seconds']):.2f}",
+                f"{values['ratio']['median']:.2f}",
+                "{:.2f} to {:.2f}".format(*values["ratio"]["quartiles"]),
+                f"{values['memory']['ratio_less_factors']:.2f}",
+                f"{values['memory']['factors'] / 2**20:.1f}",
+            ]
+            for variant, values in found.items()
+        ]
+        rows += [[variant, reason, *[""] * 4] for variant, reason in results["skipped"].items()]
+        header = ["variant", "seconds", "ratio", "quartiles", "peak memory", "factors, MiB"]
+        parts += [f"**{network}**", table(header, rows)]
+    work = results["work"]
+    parts.append(
+        f"`{results['command'].strip()}`: {work['batches']} batches of {work['batch']} images of "
+        f"{work['size']} × {work['size']}, {work['rounds']} rounds, seed {results['seed']}. "
+        f"{words_of(results['machine'])}; {words_of(results['versions'])}. Ratios are to the plain "
+        f"pass of the same round; peak memory is what a pass adds, less the factors it returns, in "
+        f"units of what the plain pass adds."
+    )
+    parts.append("\n".join(f"- *{name}*: {note}" for name, note in results["variants"].items()))
+    return "\n\n".join(parts)
+
+
+def resnet20_cifar10(results: Mapping[str, Any]) -> str:
+    base = results["base"]
+    first = ["as it is", "100.0 %", "100.0 %", percent(base["accuracy"]), "–", "–", "–"]
+    rows = [
+        [
+            row["method"],
+            percent(row["macs"]),
+            percent(row.get("parameters")),
+            percent(row["accuracy_after_surgery"]),
+            percent(row.get("accuracy_recalibrated")),
+            short(row.get("predicted")),
+            short(row.get("measured_rise")),
+        ]
+        for row in results["rows"]
+    ]
+    header = [
+        "method",
+        "MACs left",
+        "parameters left",
+        "accuracy right after",
+        "batch norm recalibrated",
+        "predicted rise of loss",
+        "measured",
+    ]
+    return (
+        f"{table(header, [first, *rows])}\n\n`{results['command'].strip()}`, seed "
+        f"{results['seed']}. {words_of(results['machine'])}; {words_of(results['versions'])}."
+    )
+
+
+def words_of(item: object) -> str:
+    """A record of a machine or of versions as one phrase."""
+    if isinstance(item, Mapping):
+        return ", ".join(f"{str(k).replace('_', ' ')} {v}" for k, v in item.items())
+    return str(item)
+
+
+TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
+    "demo": ("demo.json", demo),
+    "demo-loss": ("demo.json", demo_loss),
+    "demo-layers": ("demo.json", demo_layers),
+    "calibration": ("demo.json", calibration),
+    "curvature-cost": ("curvature_cost.json", curvature_cost),
+    "resnet20-cifar10": ("resnet20_cifar10.json", resnet20_cifar10),
+}
+"""The result file and the renderer of each table; ``demo-picture`` is the one more there is."""
+
+
+def filled(page: Path, root: Path) -> str:
+    """A page with every marked table as the results say."""
+
+    def fill(match: re.Match[str]) -> str:
+        opening, name, closing = match.groups()
+        if name == "demo-picture":
+            body = picture_link(page, root)
+        elif name in TABLES:
+            file, render = TABLES[name]
+            results = load(root, file)
+            body = MISSING if results is None else render(results)
+        else:
+            raise SystemExit(f"{page}: there is no table '{name}'; known are {', '.join(TABLES)}")
+        return f"{opening}\n{body}\n\n{closing}"
+
+    text = page.read_text(encoding="utf-8")
+    if text.count(_OPENING) != len(_MARKED.findall(text)):
+        raise SystemExit(f"{page}: a table is opened and not closed by <!-- /table -->")
+    return _MARKED.sub(fill, text)
+
+
+def load(root: Path, file: str) -> Any:
+    path = root / "benchmarks" / "results" / file
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def pages(root: Path) -> Iterator[Path]:
+    yield root / "README.md"
+    yield from sorted((root / "docs").rglob("*.md"))
+
+
+def picture_link(page: Path, root: Path) -> str:
+    if load(root, "demo.json") is None:
+        return MISSING
+    path = (root / PICTURE).relative_to(page.parent).as_posix()
+    return (
+        f"![Two panels over the fraction of MACs left. Left: accuracy right after surgery, with "
+        f"batch norm recalibrated, and after one epoch. Right: the predicted rise of the loss, far "
+        f"below the measured ones.]({path})"
+    )
+
+
+def points(results: Mapping[str, Any]) -> dict[str, list[float | None]]:
+    """What is drawn, from the mildest budget to the hardest."""
+    drawn: dict[str, list[float | None]] = {
+        name: [] for name in ("macs", "surgery", "norm", "tuned", "predicted", "rise", "norm rise")
+    }
+    for entry in results["budgets"]:
+        report, tuned = entry["report"], entry["finetuned"]
+        norm, original = report["recalibrated"], report["original"]
+        drawn["macs"].append(100 * report["macs"][1] / report["macs"][0])
+        drawn["surgery"].append(100 * report["compressed"]["accuracy"])
+        drawn["norm"].append(100 * norm["accuracy"] if norm else None)
+        drawn["tuned"].append(100 * tuned["accuracy"] if tuned else None)
+        drawn["predicted"].append(report["predicted"])
+        drawn["rise"].append(rise(report["compressed"], original))
+        drawn["norm rise"].append(rise(norm, original))
+    drawn["original"] = [100 * results["budgets"][0]["report"]["original"]["accuracy"]]
+    return drawn
+
+
+def fingerprint(results: Mapping[str, Any]) -> str:
+    """Stands in the picture, so that it can be told what it was drawn from."""
+    digest = hashlib.sha256(json.dumps(points(results), sort_keys=True).encode()).hexdigest()
+    return f"drawn from benchmarks/results/demo.json, points {digest[:16]}"
+
+
+def picture_is_stale(root: Path) -> bool:
+    results, path = load(root, "demo.json"), root / PICTURE
+    if results is None or not path.exists():
+        return path.exists() or results is not None
+    return fingerprint(results) not in path.read_text(encoding="utf-8")
+
+
+def draw(results: Mapping[str, Any], path: Path) -> None:
+    """Accuracy and rise of the loss against the MACs left."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    style = {
+        "font.size": 10,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.titlesize": 11,
+        "axes.titlelocation": "left",
+        "axes.grid": True,
+        "grid.color": "#e3e3e3",
+        "svg.hashsalt": "eigendamage",
+        "lines.linewidth": 2,
+        "lines.markersize": 6,
+    }
+    lines = {
+        "tuned": ("after one epoch", "#2b8a4f", "^"),
+        "norm": ("batch norm recalibrated", "#1f6fb4", "o"),
+        "surgery": ("right after surgery", "#b5403a", "s"),
+        "predicted": ("predicted", "#111111", "D"),
+    }
+    drawn = points(results)
+    macs, original = drawn["macs"], drawn["original"][0]
+    with mpl.rc_context(style):
+        figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.9), facecolor="white")
+        left.axhline(original, color="#555555", linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+        for name in ("tuned", "norm", "surgery"):
+            label, colour, marker = lines[name]
+            values = [original, *drawn[name]]
+            left.plot([100, *macs], values, color=colour, marker=marker, label=label)
+        left.plot(100, original, color="#555555", marker="o")
+        bottom, top = left.get_ylim()
+        left.set_ylim(bottom, top + 0.06 * (top - bottom))
+        left.annotate(
+            f"original {original:.1f} %", (100, original), (6, 5), textcoords="offset points"
+        )
+        for name, values in (("surgery", "rise"), ("norm", "norm rise"), ("predicted",) * 2):
+            label, colour, marker = lines[name]
+            right.plot(macs, drawn[values], color=colour, marker=marker, label=label)
+        right.set_yscale("log", nonpositive="mask")  # a loss may also fall
+        right.yaxis.set_major_formatter("{x:g}")
+        left.set(title="Accuracy on the test images, %", xlabel="MACs left, %")
+        right.set(title="Rise of the mean loss, nats (logarithmic)", xlabel="MACs left, %")
+        for axes in (left, right):
+            axes.invert_xaxis()
+            axes.set_axisbelow(True)
+        handles = dict(zip(*reversed(left.get_legend_handles_labels()), strict=True))
+        handles.update(zip(*reversed(right.get_legend_handles_labels()), strict=True))
+        figure.tight_layout(w_pad=3, rect=(0, 0.07, 1, 1))
+        figure.legend(handles.values(), handles, loc="lower center", ncols=4, frameon=False)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        metadata = {"Date": None, "Description": fingerprint(results)}
+        figure.savefig(path, metadata=metadata if path.suffix == ".svg" else None, dpi=130)
+        plt.close(figure)
+
+
+def stale(root: Path) -> list[Path]:
+    """The pages, and the picture, that are not what the results say."""
+    found = [page for page in pages(root) if filled(page, root) != page.read_text(encoding="utf-8")]
+    return [*found, root / PICTURE] if picture_is_stale(root) else found
+
+
+def rewrite(root: Path) -> None:
+    for page in pages(root):
+        page.write_text(filled(page, root), encoding="utf-8")
+    results = load(root, "demo.json")
+    if results is None:
+        (root / PICTURE).unlink(missing_ok=True)
+    elif picture_is_stale(root):
+        draw(results, root / PICTURE)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--check", action="store_true", help="write nothing, exit 1 if stale")
+    parser.add_argument("--root", type=Path, default=ROOT, help="the checkout to work on")
+    options = parser.parse_args(arguments)
+    found = stale(options.root)
+    for path in found:
+        state = "does not show" if options.check else "now shows"
+        print(f"{path.relative_to(options.root)} {state} what benchmarks/results say")
+    if not options.check:
+        rewrite(options.root)
+        return 0
+    if found:
+        print("run: python benchmarks/tables.py", file=sys.stderr)
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
