@@ -8,7 +8,7 @@ any orthonormal basis. There are several orders of doing it; they differ in cost
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -21,7 +21,7 @@ Strategy = Literal["outer", "rotate_inputs", "rotate_gradients"]
 Call = tuple[Tensor, Tensor]
 """Input (n, i, h, w) or (n, i, t), and output gradient (n, o, t), of one call of a layer."""
 
-_BUFFER_BYTES = 32 * 2**20
+_BUFFER_BYTES = 16 * 2**20
 
 
 def eigenvalue_sum(
@@ -53,9 +53,8 @@ def eigenvalue_sum(
             [rotated.T @ (tap[:, :, 0] @ Q_A).square() for tap in _taps(a, geometry)], dim=2
         )
     if chosen == "rotate_inputs":
-        calls = [(_rotate(a, Q_A), _rotate(g, Q_S)) for a, g in calls]
-        return _squared(calls, geometry, lambda grad: grad)
-    return _squared(calls, geometry, lambda grad: Q_S.T @ grad @ Q_A)
+        return _squared(calls, geometry, before=(Q_A, Q_S))
+    return _squared(calls, geometry, after=(Q_A, Q_S))
 
 
 def cheapest(calls: Sequence[Call], geometry: ConvGeometry | None) -> Strategy:
@@ -73,28 +72,40 @@ def cheapest(calls: Sequence[Call], geometry: ConvGeometry | None) -> Strategy:
 
 def gradient_norms(calls: Sequence[Call], geometry: ConvGeometry | None) -> Float[Tensor, ""]:
     """Σ_n ‖G[n]‖²: the trace of the Fisher block over the examples of a batch, times N."""
-    return _squared(calls, geometry, lambda grad: grad).sum()
+    return _squared(calls, geometry).sum()
 
 
 def _squared(
     calls: Sequence[Call],
     geometry: ConvGeometry | None,
-    rotate: Callable[[Tensor], Tensor],
+    *,
+    before: tuple[Tensor, Tensor] | None = None,
+    after: tuple[Tensor, Tensor] | None = None,
 ) -> Float[Tensor, "o i K"]:
-    """Σ_n rotate(G[n])², one kernel offset and one slice of the batch at a time."""
+    """Σ_n G[n]², one slice of the batch and one kernel offset at a time.
+
+    ``before`` are bases (Q_A, Q_S) to rotate inputs and output gradients into first, ``after``
+    those to rotate each G[n] into.
+    """
     a, g = calls[0]
     n, i, o = g.shape[0], a.shape[1], g.shape[1]
-    step = max(1, _BUFFER_BYTES // (o * i * g.element_size()))
     offsets = 1 if geometry is None else geometry.offsets
+    # What one example takes: its gradient twice, and copies of its inputs and output gradients.
+    size = 2 * o * i + 3 * sum(x[0].numel() + y[0].numel() for x, y in calls)
+    step = max(1, _BUFFER_BYTES // (size * g.element_size()))
     result = g.new_zeros(o, i, offsets)
     for start in range(0, n, step):
-        part = slice(start, start + step)
-        taps = zip(*(_taps(a[part], geometry) for a, _ in calls), strict=True)
+        part = [(x[start : start + step], y[start : start + step]) for x, y in calls]
+        if before is not None:
+            part = [(_rotate(x, before[0]), _rotate(y, before[1])) for x, y in part]
+        taps = zip(*(_taps(x, geometry) for x, _ in part), strict=True)
         for k, inputs in enumerate(taps):
-            grad = torch.bmm(calls[0][1][part], inputs[0].transpose(1, 2))
-            for (_, other), x in zip(calls[1:], inputs[1:], strict=True):
-                grad.baddbmm_(other[part], x.transpose(1, 2))
-            result[:, :, k] += rotate(grad).square().sum(0)
+            grad = torch.bmm(part[0][1], inputs[0].transpose(1, 2))
+            for (_, other), x in zip(part[1:], inputs[1:], strict=True):
+                grad.baddbmm_(other, x.transpose(1, 2))
+            if after is not None:
+                grad = after[1].T @ grad @ after[0]
+            result[:, :, k] += grad.square_().sum(0)
     return result
 
 
