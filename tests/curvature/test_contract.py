@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from eigendamage import estimate_curvature, find_layers
+from eigendamage import Curvature, estimate_curvature, find_layers
 from eigendamage.curvature import homogeneous
 from tests.cases import CASES, CONVOLUTIONS, Case, convolution
 from tests.reference import example_gradients, fisher_block, fisher_trace
@@ -21,8 +21,8 @@ def weight_of(model: nn.Module, name: str) -> Tensor:
     return weight
 
 
-def close_curvatures(a: object, b: object, rtol: float = 1e-9) -> None:
-    for name in a:  # type: ignore[attr-defined]
+def assert_same_curvature(a: Curvature, b: Curvature, rtol: float = 1e-9) -> None:
+    for name in a:
         for what in ("S", "A", "mean"):
             torch.testing.assert_close(
                 getattr(a[name], what), getattr(b[name], what), rtol=rtol, atol=1e-12
@@ -156,15 +156,15 @@ def test_lambda_is_the_diagonal_of_the_rotated_fisher(case: Case) -> None:
 def test_batches_order_and_duplicates_change_nothing(case: Case, fisher: str) -> None:
     model, (x, y) = case.model(), case.data(12)
 
-    def run(*parts: tuple[Tensor, Tensor]) -> object:
+    def run(*parts: tuple[Tensor, Tensor]) -> Curvature:
         return estimate_curvature(model, list(parts), fisher=fisher, progress=False)
 
     whole = run((x, y))
     order = torch.randperm(12, generator=torch.Generator().manual_seed(0))
-    close_curvatures(whole, run(*zip(x.split(5), y.split(5), strict=True)))
-    close_curvatures(whole, run((x[:11], y[:11]), (x[11:], y[11:])))
-    close_curvatures(whole, run(*zip(x[order].split(7), y[order].split(7), strict=True)))
-    close_curvatures(whole, run((x, y), (x, y), (x, y)))
+    assert_same_curvature(whole, run(*zip(x.split(5), y.split(5), strict=True)))
+    assert_same_curvature(whole, run((x[:11], y[:11]), (x[11:], y[11:])))
+    assert_same_curvature(whole, run(*zip(x[order].split(7), y[order].split(7), strict=True)))
+    assert_same_curvature(whole, run((x, y), (x, y), (x, y)))
 
 
 def test_drawn_labels_do_not_depend_on_the_batches(case: Case) -> None:
@@ -172,7 +172,7 @@ def test_drawn_labels_do_not_depend_on_the_batches(case: Case) -> None:
     whole = estimate_curvature(model, [x], seed=5, progress=False)
     parts = estimate_curvature(model, x.split(5), seed=5, progress=False)
     other = estimate_curvature(model, [x], seed=6, progress=False)
-    close_curvatures(whole, parts)
+    assert_same_curvature(whole, parts)
     name = next(iter(whole))
     assert not torch.allclose(whole[name].S, other[name].S)
 
@@ -192,9 +192,9 @@ def test_a_function_as_loss_mean_or_sum(reduction: str) -> None:
         given = estimate_curvature(
             model, data, loss=function, fisher="empirical", reduction=reduction, progress=False
         )
-        close_curvatures(named, given)
+        assert_same_curvature(named, given)
     each = nn.CrossEntropyLoss(reduction="none")
-    close_curvatures(
+    assert_same_curvature(
         named,
         estimate_curvature(model, data, loss=each, fisher="empirical", progress=False),
     )
