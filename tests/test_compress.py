@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import eigendamage as ed
 from eigendamage import zoo
@@ -96,6 +97,27 @@ def test_another_budget_takes_the_curvature_that_is_there() -> None:
     assert second.curvature is first.curvature
     assert "curvature" not in second.report.seconds
     assert second.report.macs[1] < first.report.macs[1]
+
+
+def test_a_curvature_of_another_loss_is_refused() -> None:
+    model, (x, _) = _network(), _data()
+    curvature = ed.estimate_curvature(model, [x], loss="mse", progress=False)
+    with pytest.raises(ed.MismatchError, match="of the loss 'mse'"):
+        ed.compress(model, [x], budget=ed.Budget(macs=0.5), curvature=curvature, progress=False)
+
+
+def test_the_random_state_is_as_before() -> None:
+    x, y = _data()
+    loader = DataLoader(TensorDataset(x, y), batch_size=8, shuffle=True)
+    state = torch.get_rng_state()
+    ed.compress(_network_at(state), loader, budget=ed.Budget(macs=0.5), progress=False)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def _network_at(state: Tensor) -> nn.Module:
+    model = _network()
+    torch.set_rng_state(state)
+    return model
 
 
 def test_a_generator_is_data_too() -> None:

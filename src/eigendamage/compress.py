@@ -11,7 +11,7 @@ from typing import Literal
 
 from torch import nn
 
-from eigendamage.batches import Batches, Data, device_of
+from eigendamage.batches import Data, device_of
 from eigendamage.curvature import (
     Curvature,
     EigenvalueKind,
@@ -19,7 +19,9 @@ from eigendamage.curvature import (
     Loss,
     calibration_table,
     estimate_curvature,
+    loss_name,
 )
+from eigendamage.errors import MismatchError
 from eigendamage.measure import count, evaluate_together
 from eigendamage.plan import Budget, FormChoice, Plan, make_plan
 from eigendamage.report import (
@@ -123,6 +125,10 @@ def compress(
                 progress=progress,
             )
             ignored = ()
+    elif curvature.loss != loss_name(loss):
+        raise MismatchError(
+            f"the curvature given is of the loss '{curvature.loss}', not of '{loss_name(loss)}'"
+        )
     with clock.stage("plan"):
         plan = make_plan(
             model,
@@ -136,17 +142,14 @@ def compress(
         )
     with clock.stage("surgery"):
         compressed = apply_plan(model, plan, curvature)
-    small, recalibrated = compressed, None
+    versions = [model, compressed]
     if recalibrate and plan.changed:
         with clock.stage("batch norm"):
-            recalibrated = copy.deepcopy(compressed)
-            norms = recalibrate_batchnorm(
-                recalibrated, data, max_examples=max_examples, progress=progress
-            )
-            recalibrated = recalibrated if norms else None
-            small = recalibrated or compressed
+            again = copy.deepcopy(compressed)
+            if recalibrate_batchnorm(again, data, max_examples=max_examples, progress=progress):
+                versions.append(again)
+    small = versions[-1]
     with clock.stage("measurement"):
-        versions = [model, compressed] + ([] if recalibrated is None else [recalibrated])
         measured = evaluate_together(
             versions,
             data if eval_data is None else eval_data,
@@ -167,9 +170,7 @@ def compress(
                 reduction=reduction,
                 seed=seed,
             )
-    peek = Batches(data, device_of(model)).peek()
-    one = [dict(peek.kwargs)] if peek.kwargs else [peek.args]
-    before, after = count(model, one), count(small, one)
+    before, after = count(model, data), count(small, data)
     report = Report(
         model=type(model).__name__,
         method=plan.method,
@@ -183,7 +184,7 @@ def compress(
         measured_examples=measured[0].examples,
         original=Measured.of(measured[0]),
         compressed=Measured.of(measured[1]),
-        recalibrated=None if recalibrated is None else Measured.of(measured[2]),
+        recalibrated=Measured.of(measured[2]) if len(measured) > 2 else None,
         layers=layer_reports(plan),
         left_alone=plan.left_alone,
         calibration=calibration_by_layer(rows),

@@ -7,7 +7,7 @@ from eigendamage.curvature._ekfac import eigenvalue_sum
 from eigendamage.curvature._estimate import estimate_curvature
 from eigendamage.curvature._factors import eigenbasis, gram, homogeneous, input_moments
 from eigendamage.curvature._head import Fisher, Head, PredictiveHead
-from eigendamage.curvature._losses import CrossEntropy, Loss, head_of
+from eigendamage.curvature._losses import CrossEntropy, Loss, head_of, loss_name
 from eigendamage.curvature._store import load_curvature, save_curvature
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "homogeneous",
     "input_moments",
     "load_curvature",
+    "loss_name",
     "preserved_random_state",
     "save_curvature",
 ]

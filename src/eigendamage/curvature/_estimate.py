@@ -19,7 +19,7 @@ from eigendamage.curvature._capture import (
 )
 from eigendamage.curvature._curvature import Curvature, EigenvalueKind, LayerCurvature
 from eigendamage.curvature._head import Fisher, Head
-from eigendamage.curvature._losses import Loss, head_of
+from eigendamage.curvature._losses import Loss, head_of, loss_name
 from eigendamage.curvature._sinks import EigenvalueSink, FactorSink, FactorSums
 from eigendamage.errors import (
     EigenDamageError,
@@ -139,7 +139,7 @@ def estimate_curvature(
         macs=survey.trace.macs,
         parameters=sum(p.numel() for p in model.parameters()),
         examples=passes.examples,
-        loss=loss if isinstance(loss, str) else getattr(loss, "__name__", type(loss).__name__),
+        loss=loss_name(loss),
         fisher=fisher,
         kind=eigenvalues,
     )

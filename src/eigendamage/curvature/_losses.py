@@ -217,6 +217,11 @@ class CustomLoss(Head):
         return losses.reshape(batch.size, -1).sum(1)
 
 
+def loss_name(loss: Loss) -> str:
+    """The name of a loss, or of the function or class that it is."""
+    return loss if isinstance(loss, str) else getattr(loss, "__name__", type(loss).__name__)
+
+
 def head_of(loss: Loss, reduction: Literal["mean", "sum"] = "mean") -> Head:
     """The head for what a user names as loss.
 
