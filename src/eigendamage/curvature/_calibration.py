@@ -75,7 +75,7 @@ def calibration_table(
             capture.expect(batch.size)
             output = call(model, batch)
             for start in head.seeds(output, batch, _affordable(curvature, output), random):
-                start.start.backward(start.cotangent, retain_graph=start.more)
+                capture.backward(start)
                 sink.end_of_backward()
             total += batch.size
     return [

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from eigendamage.batches import Batch, call, output_tensors
+from eigendamage.curvature._head import Seed
 from eigendamage.errors import LayerError
 from eigendamage.layers import Layer, evaluating
 
@@ -68,6 +69,7 @@ class Capture(Generic[Record]):
         self._layers = list(layers)
         self._sink = sink
         self._batch = 0
+        self._more = False
         self._handles: list[Any] = []
 
     def __enter__(self) -> Capture[Record]:
@@ -85,6 +87,12 @@ class Capture(Generic[Record]):
         """Say how many examples the coming forward pass holds."""
         self._batch = examples
 
+    def backward(self, seed: Seed) -> None:
+        """Go backwards from a seed; after the last one, kept inputs are let go as they are used."""
+        self._more = seed.more
+        if seed.start.requires_grad:
+            seed.start.backward(seed.cotangent, retain_graph=seed.more)
+
     def _forward_hook(self, layer: Layer) -> Any:
         def hook(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             if not torch.is_grad_enabled():
@@ -94,9 +102,10 @@ class Capture(Generic[Record]):
                 output = _Gate.apply(output, anchor)
             n = self._batch
             with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
-                record = self._sink.entered(layer, args[0].detach(), n)
+                records = [self._sink.entered(layer, args[0].detach(), n)]
 
             def on_gradient(g: Tensor) -> None:
+                record = records[0] if self._more else records.pop()
                 with torch.no_grad(), torch.autocast(g.device.type, enabled=False):
                     self._sink.left(layer, record, g.detach(), n)
 

@@ -226,8 +226,7 @@ class _Passes:
                 capture.expect(batch.size)
                 output = call(self._model, batch)
                 for seed in self._head.seeds(output, batch, self._fisher, random):
-                    if seed.start.requires_grad:
-                        seed.start.backward(seed.cotangent, retain_graph=seed.more)
+                    capture.backward(seed)
                     if after_backward is not None:
                         after_backward()
                 examples += batch.size
