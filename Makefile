@@ -5,6 +5,9 @@ BIN := $(VENV)/bin
 # constraints.txt pins the versions that the tests run with, torch first of all.
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
+# Where other programs use the cores too, threads that spin while they wait cost minutes.
+export OMP_WAIT_POLICY ?= passive
+
 .PHONY: demo test check docs clean format
 
 $(VENV)/bin/python:
