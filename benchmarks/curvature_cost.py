@@ -233,9 +233,9 @@ def main() -> None:
         for variant in variants:
             found[variant]["memory"] = memory(variant, network, options.seed)
         result["networks"][network] = judged(found)
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
         show(network, found, skipped)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

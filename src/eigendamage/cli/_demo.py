@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -46,16 +45,15 @@ def demo_command(
 
     table = Table(
         title="Fashion-MNIST, 2,000 test images; the curvature is label-free",
-        box=SIMPLE,
-        collapse_padding=True,
+        box=None,
         pad_edge=False,
     )
     for column in (
-        "\nMACs",
-        "\nparameters",
+        "left of\nMACs",
+        "\nparams",
         "accuracy\nafter cut",
-        "BN meas-\nured anew",
-        "tuned for\n1 epoch",
+        "\nBN anew",
+        "\ntuned",
         "loss rise\npredicted",
         "\nafter cut",
         "\nBN anew",
@@ -97,7 +95,6 @@ def demo_command(
                 percent(before.accuracy),
                 *[""] * 6,
             )
-            table.add_section()
         curvature = result.curvature
         table.add_row(*_row(report, tuned, seconds))
         entries.append(
@@ -110,8 +107,9 @@ def demo_command(
 
     console.print(table)
     console.print(
-        "The first row is the network as it is. Seconds: compressing (with the curvature in the "
-        "first row, which the others share) + tuning and measuring. The rise of the loss is that "
+        "The first row is the network as it is. BN anew: with batch norm's statistics measured "
+        "again; tuned: after one epoch. Seconds: compressing (the first budget's with the "
+        "curvature, which the others share) + tuning and measuring. The rise of the loss is that "
         "before tuning. Predicted is the sum of the prices of what was removed: it ranks well but "
         "is too low, as nothing in it knows that the layers' errors add up. Trust the measured one."
     )
