@@ -177,32 +177,50 @@ def curvature_cost(results: Mapping[str, Any]) -> str:
 
 
 def resnet20_cifar10(results: Mapping[str, Any]) -> str:
-    base = results["base"]
-    first = ["as it is", "100.0 %", "100.0 %", percent(base["accuracy"]), "–", "–", "–"]
-    rows = [
-        [
-            row["method"],
-            percent(row["macs"]),
-            percent(row.get("parameters")),
-            percent(row["accuracy_after_surgery"]),
-            percent(row.get("accuracy_recalibrated")),
-            short(row.get("predicted")),
-            short(row.get("measured_rise")),
-        ]
-        for row in results["rows"]
-    ]
+    """One row a method and budget: the mean over the seeds, and the range where there are several.
+
+    The measured rise is that of the model that is handed back, batch norm recalibrated.
+    """
+    groups: dict[tuple[float, str], list[Mapping[str, Any]]] = {}
+    for row in results["rows"]:
+        groups.setdefault((row.get("budget", row["macs"]), row["method"]), []).append(row)
+    base = percent(results["base"]["accuracy"])
+    rows = [["100.0 %", "as it is", "100.0 %", base, "–", "–", "–"]]
+    for (budget, method), group in groups.items():
+
+        def spread(key: str, show: Callable[[float | None], str], group: Any = group) -> str:
+            values = [row[key] for row in group if row.get(key) is not None]
+            if not values:
+                return "–"
+            mean = show(sum(values) / len(values))
+            if len(values) == 1 or show(min(values)) == show(max(values)):
+                return mean
+            return f"{mean} ({show(min(values)).removesuffix(' %')} to {show(max(values))})"
+
+        rows.append(
+            [
+                percent(budget),
+                method,
+                spread("parameters", percent),
+                spread("accuracy_after_surgery", percent),
+                spread("accuracy_recalibrated", percent),
+                spread("predicted", short),
+                spread("measured_rise", short),
+            ]
+        )
     header = [
+        "MACs allowed",
         "method",
-        "MACs left",
         "parameters left",
         "accuracy right after",
         "batch norm recalibrated",
         "predicted rise of loss",
-        "measured",
+        "measured, recalibrated",
     ]
     return (
-        f"{table(header, [first, *rows])}\n\n`{results['command'].strip()}`, seed "
-        f"{results['seed']}. {words_of(results['machine'])}; {words_of(results['versions'])}."
+        f"{table(header, rows, words=2)}\n\nMean over seeds {words_of(results['seed'])} and the "
+        f"range. `{results['command'].strip()}`; {words_of(results['machine'])}; "
+        f"{words_of(results['versions'])}."
     )
 
 
@@ -210,6 +228,8 @@ def words_of(item: object) -> str:
     """A record of a machine or of versions as one phrase."""
     if isinstance(item, Mapping):
         return ", ".join(f"{str(k).replace('_', ' ')} {v}" for k, v in item.items())
+    if isinstance(item, list | tuple):
+        return ", ".join(map(str, item))
     return str(item)
 
 
