@@ -99,6 +99,86 @@ def test_another_budget_takes_the_curvature_that_is_there() -> None:
     assert second.report.macs[1] < first.report.macs[1]
 
 
+@pytest.mark.parametrize("loss", ["mse", "bce"])
+def test_outputs_without_a_second_axis(loss: str) -> None:
+    class Flat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x)[:, 0]
+
+    x, y = torch.randn(16, 8), torch.randint(0, 2, (16,)).float()
+    report = ed.compress(
+        Flat(), [(x, y)], budget=ed.Budget(params=0.8), loss=loss, progress=False
+    ).report
+    assert report.final.loss is not None
+    assert report.final.divergence is not None
+
+
+def test_a_function_as_loss_of_any_output_compresses() -> None:
+    class Detector(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.boxes = nn.Linear(16, 16), nn.Linear(16, 4)
+
+        def forward(self, x: Tensor) -> dict[str, dict[str, Tensor]]:
+            return {"found": {"boxes": self.boxes(torch.tanh(self.body(x)))}}
+
+    def loss(output: dict[str, dict[str, Tensor]], target: Tensor) -> Tensor:
+        return (output["found"]["boxes"] - target).square().sum(1)
+
+    x, y = torch.randn(24, 16), torch.randn(24, 4)
+    report = ed.compress(
+        Detector(),
+        [(x, y)],
+        budget=ed.Budget(params=0.7),
+        loss=loss,
+        fisher="empirical",
+        progress=False,
+    ).report
+    assert report.measured_rise is not None
+    assert report.final.divergence is None
+
+
+def test_narrow_integer_labels_are_labels() -> None:
+    model, (x, y) = _network(), _data()
+    wide = ed.estimate_curvature(model, [(x, y)], fisher="empirical", progress=False)
+    for dtype in (torch.int32, torch.uint8):
+        found = ed.estimate_curvature(model, [(x, y.to(dtype))], fisher="empirical", progress=False)
+        torch.testing.assert_close(found["0"].S, wide["0"].S)
+
+
+def test_what_cannot_be_meant_is_refused_before_anything_runs() -> None:
+    class Untouched:
+        def __iter__(self) -> Iterator[Tensor]:
+            raise AssertionError("the data was read")
+
+    for wrong in ({"method": "magic"}, {"max_ratio": 2.0}):
+        with pytest.raises(ed.EigenDamageError, match=next(iter(wrong))):
+            ed.compress(_network(), Untouched(), budget=ed.Budget(macs=0.5), **wrong)
+    x = torch.randn(4, 8)
+    with pytest.raises(ed.DataError, match="two tensors alike"):
+        ed.estimate_curvature(nn.Linear(8, 8), (x, x), loss="mse", progress=False)
+    with pytest.raises(ed.DataError, match="cannot run on inputs of shape"):
+        ed.estimate_curvature(nn.Linear(5, 8), [x], progress=False)
+
+
+def test_the_same_ignore_goes_with_a_curvature_that_had_it() -> None:
+    model, (x, _) = _network(), _data()
+    first = ed.compress(model, [x], budget=ed.Budget(macs=0.8), ignore="0", progress=False)
+    second = ed.compress(
+        model,
+        [x],
+        budget=ed.Budget(macs=0.7),
+        ignore="0",
+        curvature=first.curvature,
+        progress=False,
+    )
+    assert "0" not in second.plan.layers
+
+
 def test_a_curvature_of_another_loss_is_refused() -> None:
     model, (x, _) = _network(), _data()
     curvature = ed.estimate_curvature(model, [x], loss="mse", progress=False)

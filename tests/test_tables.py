@@ -94,7 +94,7 @@ def test_examples_of_the_readme_run(
     assert after <= 0.5 * before
     assert small.report.final.accuracy is not None
     assert small.report.final.accuracy > 0.7
-    assert "measured rise" in capsys.readouterr().out
+    assert "rise of loss" in capsys.readouterr().out
     # What follows goes on with the same names; the curvature is the one at hand.
     names["curvature"] = small.curvature
     for block in others:

@@ -31,22 +31,33 @@ class Batch:
     target: Tensor | None
     size: int
 
-    def first(self, count: int) -> Batch:
-        """The same batch with its first ``count`` examples only."""
+    def few(self, count: int) -> Batch:
+        """Its first ``count`` examples, if its input is one tensor; the whole batch otherwise.
+
+        Among several tensors there may be some without a batch axis (a mask, positions) whose first
+        axis is as long by chance.
+        """
+        if len(_tensors([*self.args, *self.kwargs.values()])) != 1 or count >= self.size:
+            return self
 
         def head(x: Tensor) -> Tensor:
-            return x[:count] if x.ndim > 0 and x.shape[0] == self.size else x
+            return x[:count]
 
         return Batch(
             tuple(_map_tensors(a, head) for a in self.args),
             {k: _map_tensors(v, head) for k, v in self.kwargs.items()},
             None if self.target is None else self.target[:count],
-            min(count, self.size),
+            count,
         )
+
+    def shapes(self) -> str:
+        """The shapes of its inputs, for messages."""
+        found = _tensors([*self.args, *self.kwargs.values()])
+        return ", ".join(str(tuple(t.shape)) for t in found)
 
 
 class Batches:
-    """Data that can be gone through several times, on one device, cut off after ``limit`` examples.
+    """Data that can be gone through several times, on one device, up to ``limit`` examples.
 
     A one-shot iterator (a generator, say) is kept in memory on the first pass, because most of what
     is built on curvature needs two. Iterating raises `DataError` if there is no example, and
@@ -65,7 +76,7 @@ class Batches:
         for index, raw in enumerate(self._source):
             batch = as_batch(raw, index, self._device)
             if self._limit is not None and seen + batch.size > self._limit:
-                batch = batch.first(self._limit - seen)
+                batch = batch.few(self._limit - seen)
             seen += batch.size
             yield batch
             if self._limit is not None and seen >= self._limit:
@@ -88,11 +99,12 @@ class Batches:
 
     def __len__(self) -> int:
         """Number of batches, 0 where it is not known before a pass."""
+        if self._limit is not None:
+            return 0
         try:
-            count = len(cast(Sized, self._source))
+            return len(cast(Sized, self._source))
         except TypeError:
             return 0
-        return count
 
 
 def _as_iterable(data: Data) -> Iterable[Any]:
@@ -120,14 +132,16 @@ def _is_input_label_pair(data: object) -> bool:
     if len(items) != 2:
         return False
     first, second = items
-    return (
-        isinstance(first, Tensor)
-        and isinstance(second, Tensor)
-        and first.ndim > 0
-        and second.ndim > 0
-        and first.shape[0] == second.shape[0]
-        and (first.dtype != second.dtype or first.ndim != second.ndim)
-    )
+    if not isinstance(first, Tensor) or not isinstance(second, Tensor):
+        return False
+    if first.ndim == 0 or second.ndim == 0 or first.shape[0] != second.shape[0]:
+        return False
+    if first.dtype == second.dtype and first.ndim == second.ndim:
+        raise DataError(
+            "a tuple of two tensors alike may be two batches or one (input, label) pair; give "
+            "[x1, x2] or [(x, y)]"
+        )
+    return True
 
 
 def as_batch(raw: object, index: int, device: torch.device) -> Batch:
@@ -168,12 +182,18 @@ def as_batch(raw: object, index: int, device: torch.device) -> Batch:
         )
 
     def move(x: Tensor) -> Tensor:
-        return x.detach().to(device, non_blocking=True)
+        moved = x.detach().to(device, non_blocking=True)
+        return moved.clone() if moved.is_inference() else moved
 
     args = tuple(_map_tensors(a, move) for a in args)
     kwargs = {k: _map_tensors(v, move) for k, v in kwargs.items()}
     if target is not None and not isinstance(target, Tensor):
-        target = torch.as_tensor(target)
+        try:
+            target = torch.as_tensor(target)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise DataError(
+                f"the labels of batch {index} are {type(target).__name__}; expected a tensor"
+            ) from error
     moved_target = None if target is None else move(target)
     size = _batch_size(args, kwargs, index)
     if moved_target is not None and (moved_target.ndim == 0 or moved_target.shape[0] != size):

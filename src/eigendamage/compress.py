@@ -23,7 +23,7 @@ from eigendamage.curvature import (
 )
 from eigendamage.errors import MismatchError
 from eigendamage.measure import count, evaluate_together
-from eigendamage.plan import Budget, FormChoice, Plan, make_plan
+from eigendamage.plan import Budget, FormChoice, Plan, check_options, make_plan
 from eigendamage.report import (
     Environment,
     Measured,
@@ -104,6 +104,7 @@ def compress(
         EigenDamageError: one of its subclasses, as `estimate_curvature` and
             `make_plan` say.
     """
+    check_options(budget, method=method, max_ratio=max_ratio, form=form)
     clock = _Clock()
     ignored = (ignore,) if isinstance(ignore, str) else tuple(ignore)
     # One view of the data for all stages: a generator is used up by the first.

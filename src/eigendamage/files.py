@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from eigendamage.errors import FileFormatError
+from eigendamage.errors import BudgetError, FileFormatError
 
 
 @contextmanager
@@ -64,9 +64,11 @@ class Document(Frozen):
             if not isinstance(raw, dict) or "version" not in raw:
                 raise FileFormatError(f"{path} is not a {what}: it says no version")
             return cls.model_validate_json(json.dumps(raw))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise FileFormatError(f"{path} is not a {what}, nor any JSON: {error}") from error
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(p) for p in first["loc"]) or "the whole"
             raise FileFormatError(f"{path} is not a {what}: {where}: {first['msg']}") from error
+        except (BudgetError, TypeError) as error:
+            raise FileFormatError(f"{path} is not a {what}: {error}") from error
+        except (ValueError, RecursionError) as error:
+            raise FileFormatError(f"{path} is not a {what}, nor any JSON: {error}") from error

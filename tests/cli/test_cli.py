@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -158,7 +157,7 @@ def test_usage_errors_exit_with_two_and_version_is_told() -> None:
     assert _run("--version").stdout.strip() == ed.__version__
 
 
-def test_demo_without_finetuning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_demo_at_three_budgets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     few = {s: zoo.fashion_mnist(s).take(slice(0, 125)) for s in ("train", "test")}
     monkeypatch.setattr(zoo, "fashion_mnist", lambda split: few[split])
     out = tmp_path / "demo.json"
@@ -170,4 +169,37 @@ def test_demo_without_finetuning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         before, after = entry["report"]["macs"]
         assert after <= fraction * before
         assert 0 < entry["finetuned"]["accuracy"] <= 1
-    assert torch.get_num_threads() >= 1
+    assert "…" not in done.output  # eighty columns are enough for the table
+    assert "predicted" in done.output
+
+
+def test_demo_refuses_a_folder_that_is_not_there_before_it_starts(tmp_path: Path) -> None:
+    done = runner.invoke(app, ["demo", "--out", str(tmp_path / "none" / "demo.json")])
+    assert isinstance(done.exception, FileNotFoundError)
+
+
+def test_a_module_under_two_names_and_an_output_that_is_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "twice.py").write_text(
+        "import torch\n"
+        "class Net(torch.nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.a = torch.nn.Linear(16, 16)\n"
+        "        self.b = self.a\n"
+        "        self.head = torch.nn.Linear(16, 3)\n"
+        "    def forward(self, x):\n"
+        "        return self.head(torch.tanh(self.b(torch.tanh(self.a(x)))))\n"
+        "def data():\n"
+        "    return [torch.randn(16, 16)]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    arguments = ["compress", "--model", "twice:Net", "--data", "twice:data", "--params", "0.7"]
+    done = runner.invoke(app, [*arguments, "--out", "out", "--quiet"])
+    assert done.exit_code == 0, done.output
+    names = set(load_file(tmp_path / "out" / "model.safetensors"))
+    assert {n.replace("b.", "a.") for n in names if n.startswith("b.")} <= names
+    (tmp_path / "file").write_text("")
+    refused = runner.invoke(app, [*arguments, "--out", "file"])
+    assert isinstance(refused.exception, NotADirectoryError)

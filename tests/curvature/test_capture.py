@@ -366,3 +366,48 @@ def test_the_layout_is_probed_on_the_first_batch_of_several() -> None:
     x = torch.randn(6, 8, 4)
     found = estimate_curvature(_TimeFirst(), [x[:1], x[1:]], progress=False)
     assert "batch on another axis" in found.left_alone["inner"]
+
+
+class _TwoHeads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.main, self.aux = nn.Linear(6, 8), nn.Linear(8, 4), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = torch.tanh(self.body(x))
+        return self.main(h), self.aux(h)
+
+
+def test_a_second_output_is_left_alone_with_its_reason() -> None:
+    found = estimate_curvature(_TwoHeads(), [torch.randn(6, 6)], progress=False)
+    assert set(found) == {"body", "main"}
+    assert found.classifier == ("main",)
+    assert "no gradient of the loss" in found.left_alone["aux"]
+
+
+def test_a_tensor_without_a_batch_axis_is_not_cut() -> None:
+    class Mixes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.head = nn.Linear(6, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            return self.head(mask @ torch.tanh(self.fc(x))).mean(1)
+
+    macs = {
+        n: estimate_curvature(
+            Mixes(), [{"x": torch.randn(n, 5, 6), "mask": torch.eye(5)}], progress=False
+        ).macs
+        for n in (5, 7)
+    }
+    assert macs[5] == macs[7] == 5 * (6 * 8 + 8 * 3) + 5 * 5 * 8
+
+
+def test_inference_mode_around_the_call_changes_nothing() -> None:
+    model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3))
+    x = torch.randn(8, 5)
+    expected = estimate_curvature(model, [x], progress=False)["0"].S
+    with torch.inference_mode():
+        inside = [x * 1.0]
+        found = estimate_curvature(model, inside, progress=False)["0"].S
+    torch.testing.assert_close(found, expected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,20 @@ def test_another_safetensors_file_is_refused(tmp_path: Path) -> None:
     save_file({"weight": torch.zeros(2)}, path, metadata={"curvature": '{"version": 1}'})
     with pytest.raises(FileFormatError, match="broken curvature header"):
         load_curvature(path)
+
+
+@pytest.mark.parametrize("broken", ["S", "Q_S", "eigenvalues"])
+def test_a_curvature_with_impossible_numbers_is_refused(tmp_path: Path, broken: str) -> None:
+    good = _curvature("fc")
+    change = {
+        "S": torch.full_like(good["0"].S, float("nan")),
+        "Q_S": 2 * good["0"].Q_S,
+        "eigenvalues": -good["0"].eigenvalues,
+    }
+    bad = replace(good, layers={**good.layers, "0": replace(good["0"], **{broken: change[broken]})})
+    save_curvature(bad, tmp_path / "c.safetensors")
+    with pytest.raises(FileFormatError, match=f"'{broken}' of layer '0'"):
+        load_curvature(tmp_path / "c.safetensors")
 
 
 def test_a_missing_folder_is_told_and_nothing_is_left(tmp_path: Path) -> None:

@@ -31,8 +31,12 @@ def test_reasons_are_told() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return 2 * super().forward(x)
 
+    hooked = nn.Linear(4, 4)
+    hooked.register_forward_hook(lambda module, args, output: 2 * output)
+
     model = nn.ModuleDict(
         {
+            "hooked": hooked,
             "plain": nn.Linear(4, 4),
             "grouped": nn.Conv2d(4, 4, 3, groups=2),
             "conv1d": nn.Conv1d(4, 4, 3),
@@ -49,6 +53,7 @@ def test_reasons_are_told() -> None:
     found = find_layers(model, ignore=["plain"])
     assert not found.compressible
     expected = {
+        "hooked": "hooks",
         "plain": "on request",
         "grouped": "grouped",
         "conv1d": "Conv1d",

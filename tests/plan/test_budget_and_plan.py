@@ -260,9 +260,16 @@ def test_plan_round_trip_and_broken_files(
         ({"version": 2}, "version"),
         ({"macs": "many"}, "macs"),
         ({"extra": 1}, "extra"),
+        ({"macs": [-1.0, 2.0]}, "macs"),
+        ({"budget": {"macs": 0.5, "params": 0.5}}, "exactly one"),
+        ({"budget": {"latency": 1.0}}, "plan"),
     ):
         path.write_text(json.dumps({**raw, **change}))
         with pytest.raises(ed.FileFormatError, match=words):
+            ed.Plan.load(path)
+    for text in ("[" * 100_000, "1" * 6_000, '{"version": ' + "9" * 6_000 + "}"):
+        path.write_text(text)
+        with pytest.raises(ed.FileFormatError):
             ed.Plan.load(path)
     path.write_text("{")
     with pytest.raises(ed.FileFormatError, match="not a plan"):

@@ -167,6 +167,26 @@ def test_requires_grad_modes_and_memory_format_are_kept() -> None:
     assert small.conv2.core.weight.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_partial_freezing_is_kept() -> None:
+    case = CASES["fc"]
+    model, (x, _) = case.model(), case.data(4)
+    model[0].weight.requires_grad_(False)
+    curvature = ed.estimate_curvature(model, [x], progress=False)
+    small = ed.apply_plan(model, full_rank(model, curvature, "three"), curvature)
+    assert [p.requires_grad for p in small[0].parameters()] == [False, False, False, True]
+
+
+def test_a_curvature_of_another_shape_is_refused() -> None:
+    case = CASES["fc"]
+    model, (x, _) = case.model(), case.data(4)
+    curvature = ed.estimate_curvature(model, [x], progress=False)
+    plan = full_rank(model, curvature, "three")
+    other = nn.Sequential(nn.Linear(7, 8), nn.Tanh(), nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 4))
+    wrong = ed.estimate_curvature(other.double(), [x], progress=False)
+    with pytest.raises(ed.MismatchError, match="layer '0'"):
+        ed.apply_plan(model, plan, wrong)
+
+
 def test_hooks_of_other_modules_survive() -> None:
     case = CASES["residual"]
     model, (x, _) = case.model(), case.data(4)
@@ -230,12 +250,37 @@ def test_recalibration_measures_mean_and_variance_by_example() -> None:
     assert model.bn.momentum == 0.1
 
 
+def test_recalibration_on_single_images_uses_all_of_them() -> None:
+    torch.manual_seed(0)
+    model = _Normed().double().eval()
+    x = torch.randn(6, 3, 6, 6, dtype=torch.float64) * 2 + 1
+    assert ed.recalibrate_batchnorm(model, x.split(1), progress=False) == 1
+    torch.testing.assert_close(model.bn.running_mean, model.conv(x).mean((0, 2, 3)))
+
+
+def test_recalibration_leaves_a_norm_that_does_not_run_alone() -> None:
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn, self.aux = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+            nn.init.constant_(self.aux.running_mean, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.bn(2 + self.bn(x))
+
+    model, x = Branches().eval(), torch.randn(8, 3)
+    assert ed.recalibrate_batchnorm(model, [x], progress=False) == 1
+    assert torch.equal(model.aux.running_mean, torch.full((3,), 5.0))
+    # Both calls count: the second one's input has mean 2.
+    torch.testing.assert_close(model.bn.running_mean, (x.mean(0) + 2) / 2)
+
+
 def test_recalibration_skips_a_last_batch_of_one_and_undoes_a_failure() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).eval()
     x = torch.randn(9, 3)
     assert ed.recalibrate_batchnorm(model, [x[:8], x[8:]], progress=False) == 1
     before = model[1].running_mean.clone()
-    with pytest.raises(ed.DataError, match="batches of 1"):
+    with pytest.raises(ed.DataError, match="at least two examples"):
         ed.recalibrate_batchnorm(model, x.split(1), progress=False)
     assert torch.equal(model[1].running_mean, before)
     assert model[1].momentum == 0.1

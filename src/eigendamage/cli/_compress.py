@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import typer
@@ -48,6 +49,7 @@ def compress_command(
     report.json and curvature.safetensors; the latter and the plan rebuild the smaller model from
     the original one (eigendamage.apply_plan).
     """
+    _refuse_unwritable(out)
     budget = Budget(macs=macs, params=params, ratio=ratio)
     network = load_model(model, weights)
     images = load_data(
@@ -83,9 +85,20 @@ def compress_command(
         console.print(f"Written to {out}.")
 
 
+def _refuse_unwritable(out: Path) -> None:
+    """Before anything is computed: whether the folder is there or can be made."""
+    if out.exists() and not out.is_dir():
+        raise NotADirectoryError(f"--out {out} is a file; name a folder")
+    there = next(p for p in (out, *out.absolute().parents) if p.exists())
+    if not os.access(there, os.W_OK):
+        raise PermissionError(f"--out {out}: {there} cannot be written to")
+
+
 def _write(result: Compressed, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    tensors = {k: v.detach().cpu().contiguous() for k, v in result.model.state_dict().items()}
+    tensors = {
+        k: v.detach().cpu().clone().contiguous() for k, v in result.model.state_dict().items()
+    }
     with written_beside(out / "model.safetensors") as beside:
         save_file(tensors, beside)
     save_curvature(result.curvature, out / "curvature.safetensors")

@@ -37,6 +37,8 @@ def demo_command(
     A residual network of 0.7 M parameters, trained on 12,000 images of Fashion-MNIST, and the 2,000
     test images beside them. The curvature is taken on 2,000 training images without labels.
     """
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"--out {out}: the folder {out.parent} does not exist")
     console = Console(quiet=as_json)
     model = zoo.demo_network()
     train, test = zoo.fashion_mnist("train"), zoo.fashion_mnist("test")

@@ -7,10 +7,11 @@ from eigendamage.curvature._ekfac import eigenvalue_sum
 from eigendamage.curvature._estimate import estimate_curvature
 from eigendamage.curvature._factors import eigenbasis, gram, homogeneous, input_moments
 from eigendamage.curvature._head import Fisher, Head, PredictiveHead
-from eigendamage.curvature._losses import CrossEntropy, Loss, head_of, loss_name
+from eigendamage.curvature._losses import IGNORED_LABEL, CrossEntropy, Loss, head_of, loss_name
 from eigendamage.curvature._store import load_curvature, save_curvature
 
 __all__ = [
+    "IGNORED_LABEL",
     "CalibrationRow",
     "CrossEntropy",
     "Curvature",

@@ -13,8 +13,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from eigendamage.batches import Batch, call, output_tensors
-from eigendamage.curvature._head import Seed
+from eigendamage.batches import Batch, call
+from eigendamage.curvature._head import Head, Seed
 from eigendamage.errors import LayerError
 from eigendamage.layers import Layer, evaluating
 
@@ -75,7 +75,9 @@ class Capture(Generic[Record]):
     def __enter__(self) -> Capture[Record]:
         for layer in self._layers:
             hook = self._forward_hook(layer)
-            self._handles.append(layer.module.register_forward_hook(hook, prepend=True))
+            self._handles.append(
+                layer.module.register_forward_hook(hook, prepend=True, with_kwargs=True)
+            )
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -94,7 +96,10 @@ class Capture(Generic[Record]):
             seed.start.backward(seed.cotangent, retain_graph=seed.more)
 
     def _forward_hook(self, layer: Layer) -> Any:
-        def hook(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        def hook(
+            _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+        ) -> None:
+            x: Tensor = args[0] if args else kwargs["input"]
             if not torch.is_grad_enabled():
                 return  # the first, graph-less run of a reentrant checkpoint
             if not output.requires_grad:
@@ -102,7 +107,7 @@ class Capture(Generic[Record]):
                 output = _Gate.apply(output, anchor)
             n = self._batch
             with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
-                records = [self._sink.entered(layer, args[0].detach(), n)]
+                records = [self._sink.entered(layer, x.detach(), n)]
 
             def on_gradient(g: Tensor) -> None:
                 record = records[0] if self._more else records.pop()
@@ -207,7 +212,7 @@ class _LayoutProbe:
 
 
 def probe_layout(
-    model: nn.Module, layers: Mapping[str, Layer], batch: Batch
+    model: nn.Module, layers: Mapping[str, Layer], batch: Batch, head: Head
 ) -> tuple[set[str], dict[str, str]]:
     """Back-propagate from one of two examples and see where its gradient turns up.
 
@@ -215,13 +220,13 @@ def probe_layout(
         The layers that a gradient reached, and the reason for each whose tensors do not keep the
         examples apart. With a batch of one nothing can be told apart, and no reason is given.
     """
-    few = batch.first(2)
+    few = batch.few(2)
     probe = _LayoutProbe()
     with undisturbed(model), Capture(layers.values(), probe) as capture:
         capture.expect(few.size)
         outputs = [
             t
-            for t in output_tensors(call(model, few))
+            for t in head.starts(call(model, few))
             if t.requires_grad and t.ndim > 0 and t.shape[0] == few.size
         ]
         # Not constant over an example's outputs: softmax and normalisation cancel constants.

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from eigendamage.curvature._factors import eigenbasis
+from eigendamage.curvature._head import Fisher
 from eigendamage.errors import MismatchError
 from eigendamage.layers import LayerShape
 
@@ -107,7 +108,7 @@ class Curvature(Mapping[str, LayerCurvature]):
     parameters: int = 0
     examples: int = 0
     loss: str = "cross_entropy"
-    fisher: str = "mc"
+    fisher: Fisher = "mc"
     kind: EigenvalueKind = "ekfac"
 
     def __getitem__(self, name: str) -> LayerCurvature:
@@ -161,7 +162,14 @@ def _merge(name: str, a: LayerCurvature, b: LayerCurvature, kind: EigenvalueKind
     if kind == "ekfac" and a.same_basis(b):
         lam = by_example * a.eigenvalues + (1 - by_example) * b.eigenvalues
         return replace(
-            a, S=S, A=A, mean=mean, eigenvalues=lam, examples=examples, positions=positions
+            a,
+            S=S,
+            A=A,
+            mean=mean,
+            eigenvalues=lam,
+            examples=examples,
+            positions=positions,
+            shape=shape,
         )
     merged = LayerCurvature.from_factors(S, A, mean, examples, positions, shape)
     if kind == "kfac":

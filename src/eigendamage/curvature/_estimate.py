@@ -70,7 +70,7 @@ def estimate_curvature(
             λ is estimated here, so that several shards of data can share one basis and merge
             exactly.
         ignore: shell patterns over dotted paths of layers to leave alone.
-        max_examples: stop after that many examples.
+        max_examples: stop after that many examples. A batch of several tensors is not cut.
         layers_per_pass: stream: handle only so many layers in one pass over the data, which bounds
             memory to their factors and kept inputs at the price of more passes. Finished factors
             move to ``factor_device``.
@@ -106,7 +106,7 @@ def estimate_curvature(
 
     with preserved_random_state():
         batches = Batches(data, device_of(model), max_examples)
-        survey = _survey(model, batches.peek(), ignore)
+        survey = _survey(model, batches.peek(), ignore, head)
     _refuse_broken_weights(survey.layers.values())
     if basis is not None:
         _refuse_other_model(basis, survey.layers)
@@ -162,21 +162,21 @@ class Survey:
     classifier: tuple[str, ...]
 
 
-def _survey(model: nn.Module, batch: Batch, ignore: Iterable[str]) -> Survey:
+def _survey(model: nn.Module, batch: Batch, ignore: Iterable[str], head: Head) -> Survey:
     found = find_layers(model, ignore=ignore)
     if not found.compressible:
         raise NothingToCompressError(
             "the model has no layer that can be compressed. " + _reasons(found.left_alone)
         )
-    traced = trace(model, found.compressible, batch)
-    reached, unclear = probe_layout(model, found.compressible, batch)
+    traced = trace(model, found.compressible, batch, head.starts)
+    reached, unclear = probe_layout(model, found.compressible, batch, head)
     left_alone = dict(found.left_alone)
     layers: dict[str, Layer] = {}
     for name in (*traced.layers, *(n for n in found.compressible if n not in traced.layers)):
         if name not in traced.layers:
             left_alone[name] = "it did not run on the data given"
         elif name not in reached:
-            left_alone[name] = "no gradient of the model's output reaches it"
+            left_alone[name] = "no gradient of the loss reaches it"
         elif name in unclear:
             left_alone[name] = unclear[name]
         else:
@@ -192,7 +192,7 @@ def _survey(model: nn.Module, batch: Batch, ignore: Iterable[str]) -> Survey:
 
 
 class _Passes:
-    """Goes over the data once for each sink, always with the same examples and label draws."""
+    """Goes over the data once for each sink, always with the same label draws."""
 
     def __init__(
         self,

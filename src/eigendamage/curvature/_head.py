@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from eigendamage.batches import Batch, logits_of
+from eigendamage.batches import Batch, logits_of, output_tensors
 from eigendamage.errors import LossError, NonFiniteError
 
 Fisher = Literal["mc", "exact", "empirical"]
@@ -40,6 +40,14 @@ class Seed:
 class Head(ABC):
     """A loss as the curvature sees it."""
 
+    def starts(self, output: Any) -> list[Tensor]:
+        """The tensors of a model's output that the loss may be taken of.
+
+        Raises:
+            LossError: if there is none.
+        """
+        return output_tensors(output)
+
     @abstractmethod
     def per_example(self, output: Any, batch: Batch) -> Tensor:
         """The loss of each example, (n,)."""
@@ -58,6 +66,9 @@ class Head(ABC):
 
 class PredictiveHead(Head):
     """A loss that is (up to scale) the log-likelihood of a predictive distribution."""
+
+    def starts(self, output: Any) -> list[Tensor]:
+        return [logits_of(output)]
 
     @abstractmethod
     def divergence(self, reference: Tensor, logits: Tensor, batch: Batch) -> Tensor:
@@ -120,10 +131,13 @@ def target_of(batch: Batch) -> Tensor:
 
     Raises:
         LossError: if it has none.
+        NonFiniteError: if one is NaN or infinite.
     """
     if batch.target is None:
         raise LossError(
             "this needs labels, but the data has none; give (input, label) batches, or use "
             "fisher='mc' (the default) or 'exact', which draw labels from the model itself"
         )
+    if batch.target.is_floating_point() and not bool(torch.isfinite(batch.target).all()):
+        raise NonFiniteError("the labels hold NaN or infinite values; clean the data first")
     return batch.target

@@ -24,11 +24,10 @@ class CrossEntropy(PredictiveHead):
 
     def per_example(self, output: Any, batch: Batch) -> Tensor:
         logits = self._classes_last(logits_of(output))
-        target = target_of(batch)
+        target = self._labels(logits, batch)
         if target.is_floating_point():
             losses = -(target * logits.log_softmax(-1)).sum(-1)
         else:
-            self._check_labels(logits, target)
             wide = logits if logits.dtype == torch.float64 else logits.float()
             losses = F.cross_entropy(
                 wide.flatten(0, -2),
@@ -57,10 +56,9 @@ class CrossEntropy(PredictiveHead):
     def observed(self, logits: Tensor, batch: Batch) -> Tensor:
         z = self._classes_last(logits)
         p = z.softmax(-1)
-        target = target_of(batch)
+        target = self._labels(z, batch)
         if target.is_floating_point():
             return self._as_output(p * target.sum(-1, keepdim=True) - target)
-        self._check_labels(z, target)
         kept = target != IGNORED_LABEL
         v = p - F.one_hot(target.where(kept, 0), p.shape[-1]).to(p.dtype)
         return self._as_output(v * kept.unsqueeze(-1))
@@ -106,18 +104,26 @@ class CrossEntropy(PredictiveHead):
         return torch.ones_like(like)
 
     @staticmethod
-    def _check_labels(logits: Tensor, target: Tensor) -> None:
-        if target.shape != logits.shape[:-1]:
+    def _labels(logits: Tensor, batch: Batch) -> Tensor:
+        """Class indices as int64, or soft labels, checked against outputs with classes last."""
+        target = target_of(batch)
+        soft = target.is_floating_point()
+        expected = logits.shape if soft else logits.shape[:-1]
+        if target.shape != expected:
             raise LossError(
                 f"labels have shape {tuple(target.shape)}, but outputs with classes last have "
-                f"shape {tuple(logits.shape)}; expected labels of shape {tuple(logits.shape[:-1])}"
+                f"shape {tuple(logits.shape)}; expected labels of shape {tuple(expected)}"
             )
+        if soft:
+            return target
+        target = target.long()
         seen = target[target != IGNORED_LABEL]
         if seen.numel() and (int(seen.min()) < 0 or int(seen.max()) >= logits.shape[-1]):
             raise LossError(
                 f"labels range from {int(seen.min())} to {int(seen.max())}, but the model has "
                 f"{logits.shape[-1]} outputs"
             )
+        return target
 
 
 class SquaredError(PredictiveHead):
@@ -125,7 +131,12 @@ class SquaredError(PredictiveHead):
 
     def per_example(self, output: Any, batch: Batch) -> Tensor:
         logits = logits_of(output)
-        return (logits - _same_shape(target_of(batch), logits)).square().flatten(1).mean(1)
+        return (
+            (logits - _same_shape(target_of(batch), logits))
+            .square()
+            .reshape(batch.size, -1)
+            .mean(1)
+        )
 
     def divergence(self, reference: Tensor, logits: Tensor, batch: Batch) -> Tensor:
         return (logits.double() - reference.double()).square().reshape(batch.size, -1).mean(1)
@@ -154,7 +165,7 @@ class BinaryCrossEntropy(PredictiveHead):
         logits = logits_of(output)
         target = _same_shape(target_of(batch), logits).to(logits.dtype)
         losses = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
-        return losses.flatten(1).mean(1)
+        return losses.reshape(batch.size, -1).mean(1)
 
     def divergence(self, reference: Tensor, logits: Tensor, batch: Batch) -> Tensor:
         p, q = reference.double(), logits.double()

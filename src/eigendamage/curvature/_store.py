@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+import torch
+from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from eigendamage.curvature._curvature import Curvature, EigenvalueKind, LayerCurvature
+from eigendamage.curvature._head import Fisher
 from eigendamage.errors import FileFormatError
 from eigendamage.files import written_beside
 from eigendamage.layers import LayerShape
 
 _FORMAT = "eigendamage.curvature"
 _VERSION = 1
+_ORTHONORMAL_TO = 1e-3
 _TENSORS = ("S", "A", "mean", "Q_S", "Q_A", "S_eigenvalues", "A_eigenvalues", "eigenvalues")
 
 
 class _LayerRecord(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
-    examples: int
-    positions: int
+    examples: int = Field(ge=1)
+    positions: int = Field(ge=1)
     outputs: int
     inputs: int
     offsets: int
@@ -42,11 +47,11 @@ class _Header(BaseModel):
     layers: dict[str, _LayerRecord]
     left_alone: dict[str, str]
     classifier: tuple[str, ...]
-    macs: float
-    parameters: int
-    examples: int
+    macs: float = Field(ge=0, allow_inf_nan=False)
+    parameters: int = Field(ge=0)
+    examples: int = Field(ge=1)
     loss: str
-    fisher: str
+    fisher: Fisher
     kind: EigenvalueKind
 
 
@@ -114,8 +119,24 @@ def _read_header(path: str | Path, metadata: dict[str, str] | None) -> _Header:
                 f"{path} has curvature version {version}; this library reads version {_VERSION}"
             )
         return _Header.model_validate(raw)
-    except (json.JSONDecodeError, ValidationError) as error:
+    except (ValueError, RecursionError) as error:
         raise FileFormatError(f"{path} has a broken curvature header: {error}") from error
+
+
+def _refuse_broken(path: str | Path, name: str, tensors: Mapping[str, Tensor]) -> None:
+    for what, tensor in tensors.items():
+        if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
+            raise FileFormatError(
+                f"{path}: '{what}' of layer '{name}' is {tensor.dtype} or holds NaN or infinite "
+                f"values; finite floating-point numbers were expected"
+            )
+        if what.endswith("eigenvalues") and bool((tensor < 0).any()):
+            raise FileFormatError(f"{path}: '{what}' of layer '{name}' has negative values")
+        if what.startswith("Q_"):
+            wide = tensor.double()
+            off = wide.T @ wide - torch.eye(len(wide), dtype=wide.dtype, device=wide.device)
+            if float(off.abs().max()) > _ORTHONORMAL_TO:
+                raise FileFormatError(f"{path}: '{what}' of layer '{name}' is not orthonormal")
 
 
 def _read_layer(path: str | Path, name: str, record: _LayerRecord, file: Any) -> LayerCurvature:
@@ -138,6 +159,7 @@ def _read_layer(path: str | Path, name: str, record: _LayerRecord, file: Any) ->
                 f"says {shapes[what]}"
             )
     shape = LayerShape(**record.model_dump(exclude={"examples", "positions"}))
+    _refuse_broken(path, name, tensors)
     return LayerCurvature(
         **tensors, examples=record.examples, positions=record.positions, shape=shape
     )

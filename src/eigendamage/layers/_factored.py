@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from jaxtyping import Float
@@ -21,6 +21,10 @@ class FactoredLinear(nn.Sequential):
 
     It runs, trains, saves and exports as the ``nn.Sequential`` that it is.
     """
+
+    __jit_unused_properties__: ClassVar[list[str]] = [
+        *("in_features", "out_features", "layout", "weight", "bias")
+    ]
 
     @property
     def in_features(self) -> int:
@@ -60,6 +64,11 @@ class FactoredConv2d(nn.Sequential):
     Stride, padding and dilation belong to the K stage, the bias to the last. It runs, trains,
     saves and exports as the ``nn.Sequential`` that it is.
     """
+
+    __jit_unused_properties__: ClassVar[list[str]] = [
+        *("core", "in_channels", "out_channels", "kernel_size", "stride"),
+        *("layout", "weight", "bias"),
+    ]
 
     @property
     def core(self) -> nn.Conv2d:

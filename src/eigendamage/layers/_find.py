@@ -17,6 +17,7 @@ from eigendamage.layers._cost import Cost, LayerShape
 from eigendamage.layers._factored import FactoredConv2d, FactoredLinear
 from eigendamage.layers._geometry import ConvGeometry
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # Their forward may read the weights of these children directly instead of calling them.
 _READS_CHILDREN = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
@@ -110,6 +111,8 @@ def find_layers(model: nn.Module, *, ignore: Iterable[str] = ()) -> Layers:
             "the model was compiled with torch.compile, which hides its layers; pass the original "
             "(model._orig_mod) and compile the result"
         )
+    if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise EigenDamageError(f"a torch.nn.Module was expected, found {type(model).__name__}")
     patterns = [ignore] if isinstance(ignore, str) else list(ignore)
     matched: set[str] = set()
     paths: dict[int, list[str]] = defaultdict(list)
@@ -182,6 +185,8 @@ def _why_not(
         return f"{kind} overrides the forward of {base.__name__}"
     if parametrize.is_parametrized(module) or "weight" not in own:
         return f"the weight of {kind} is computed from other parameters (parametrized or masked)"
+    if any(getattr(module, kind) for kind in _HOOKS):
+        return "it carries hooks, which would be lost with it; remove them to compress it"
     others = [o for o in owners[id(module.weight)] if o != f"{path}.weight"]
     if others:
         return f"its weight is shared with {others[0]}"

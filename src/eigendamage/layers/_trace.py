@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from eigendamage.batches import Batch, call, output_tensors
-from eigendamage.errors import ShapeError
+from eigendamage.errors import DataError, ShapeError
 from eigendamage.layers._cost import LayerShape
 from eigendamage.layers._find import Layer
 
@@ -68,20 +68,30 @@ def evaluating(model: nn.Module) -> Generator[None]:
             module.training = mode
 
 
-def trace(model: nn.Module, layers: Mapping[str, Layer], batch: Batch) -> Trace:
+def trace(
+    model: nn.Module,
+    layers: Mapping[str, Layer],
+    batch: Batch,
+    starts: Callable[[Any], list[Tensor]] = output_tensors,
+) -> Trace:
     """Run the first examples of a batch and note what each layer does.
 
+    ``starts`` picks the tensors that the loss is taken of out of the model's output.
+
     Raises:
+        DataError: if the model cannot run on the batch.
         ShapeError: if a convolution gets an input without a batch axis.
         LossError: if the model's output holds no tensor to take a loss of.
     """
-    few = batch.first(_EXAMPLES)
+    few = batch.few(_EXAMPLES)
     calls: dict[str, list[tuple[float, float]]] = {}
     returned: dict[str, Tensor] = {}
 
     def watch(layer: Layer) -> Any:
-        def hook(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            x: Tensor = args[0]
+        def hook(
+            _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+        ) -> None:
+            x: Tensor = args[0] if args else kwargs["input"]
             if layer.geometry is not None and x.ndim != 4:
                 raise ShapeError(
                     layer.name,
@@ -104,7 +114,8 @@ def trace(model: nn.Module, layers: Mapping[str, Layer], batch: Batch) -> Trace:
         return hook
 
     handles = [
-        layer.module.register_forward_hook(watch(layer), prepend=True) for layer in layers.values()
+        layer.module.register_forward_hook(watch(layer), prepend=True, with_kwargs=True)
+        for layer in layers.values()
     ]
     handles += [
         module.register_forward_hook(note(name), prepend=True)
@@ -123,7 +134,7 @@ def trace(model: nn.Module, layers: Mapping[str, Layer], batch: Batch) -> Trace:
         ):
             # Reentrant checkpoints warn of what is meant here: no gradients.
             warnings.filterwarnings("ignore", message="None of the inputs have requires_grad")
-            outputs = output_tensors(call(model, few))
+            outputs = starts(_first_call(model, few))
     finally:
         for handle in handles:
             handle.remove()
@@ -138,6 +149,17 @@ def trace(model: nn.Module, layers: Mapping[str, Layer], batch: Batch) -> Trace:
         name for name, mine in returned.items() if any(_same_storage(mine, out) for out in outputs)
     )
     return Trace(found, last, counter.get_total_flops() / 2 / few.size)
+
+
+def _first_call(model: nn.Module, batch: Batch) -> Any:
+    try:
+        return call(model, batch)
+    except (RuntimeError, TypeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(
+            f"the model cannot run on inputs of shape {batch.shapes()}: {reason}. Give batches of "
+            f"the form that the model takes"
+        ) from error
 
 
 def _same_storage(a: Tensor, b: Tensor) -> bool:

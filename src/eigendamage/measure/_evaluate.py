@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from eigendamage.batches import Batch, Batches, Data, call, device_of, logits_of
 from eigendamage.curvature import (
@@ -101,11 +101,11 @@ def evaluate_together(
             stack.enter_context(evaluating(model))
         batches = Batches(data, device_of(models[0]), max_examples)
         for batch in track(batches, "measuring", total=len(batches) or None, enabled=progress):
-            reference: Tensor | None = None
+            reference: Any = None
             for model, tally in zip(models, tallies, strict=True):
                 output = call(model, batch)
                 tally.add(output, batch, reference)
-                reference = logits_of(output) if reference is None else reference
+                reference = output if reference is None else reference
     return [tally.result() for tally in tallies]
 
 
@@ -119,9 +119,8 @@ class _Tally:
         self._labelled = True
         self._compared = False
 
-    def add(self, output: Any, batch: Batch, reference: Tensor | None) -> None:
-        logits = logits_of(output)
-        if not bool(torch.isfinite(logits).all()):
+    def add(self, output: Any, batch: Batch, reference: Any) -> None:
+        if not all(bool(torch.isfinite(t).all()) for t in self._head.starts(output)):
             raise NonFiniteError(
                 "the model's output holds NaN or infinite values although its input is finite"
             )
@@ -130,13 +129,16 @@ class _Tally:
         if self._labelled and batch.target is not None:
             self._loss += float(self._head.per_example(output, batch).double().sum())
             if isinstance(self._head, CrossEntropy) and not batch.target.is_floating_point():
+                logits = logits_of(output)
                 predicted = logits.argmax(1 if logits.ndim > 3 else -1)
                 kept = batch.target >= 0
                 self._right += int(((predicted == batch.target) & kept).sum())
                 self._judged += int(kept.sum())
         if reference is not None and isinstance(self._head, PredictiveHead):
             self._compared = True
-            self._divergence += float(self._head.divergence(reference, logits, batch).sum())
+            self._divergence += float(
+                self._head.divergence(logits_of(reference), logits_of(output), batch).sum()
+            )
 
     def result(self) -> Evaluation:
         n = self._examples

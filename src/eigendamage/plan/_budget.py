@@ -25,7 +25,7 @@ class Budget(BaseModel):
         BudgetError: if none or several are given, or one is out of range.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     macs: float | None = None
     params: float | None = None

@@ -5,11 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from typing import get_args
 
+import torch
 from torch import nn
 
 from eigendamage.curvature import Curvature, EigenvalueKind
-from eigendamage.errors import EigenDamageError, MismatchError, NothingToCompressError
+from eigendamage.errors import (
+    BudgetError,
+    EigenDamageError,
+    MismatchError,
+    NonFiniteError,
+    NothingToCompressError,
+)
 from eigendamage.layers import Cost, Layer, find_layers
 from eigendamage.plan._budget import Budget
 from eigendamage.plan._plan import Keep, LayerPlan, Plan
@@ -52,8 +60,7 @@ def make_plan(
         NothingToCompressError: if no layer would change although the budget asks for it.
         MismatchError: if the curvature is of another model.
     """
-    if method not in METHODS:
-        raise EigenDamageError(f"method '{method}' is unknown; known are {', '.join(METHODS)}")
+    check_options(budget, method=method, max_ratio=max_ratio, form=form)
     kind = eigenvalues or curvature.kind
     if kind == "ekfac" and curvature.kind == "kfac":
         raise EigenDamageError(
@@ -81,6 +88,12 @@ def make_plan(
             "every compressible layer is kept: "
             + "; ".join(f"'{n}': {r}" for n, r in list(kept.items())[:6])
         )
+    for name, candidate in candidates.items():
+        if not bool(torch.isfinite(candidate.prices.loss).all()):
+            raise NonFiniteError(
+                f"layer '{name}': its prices are not finite; the weight or the curvature holds NaN "
+                f"or overflows"
+            )
     selection = GlobalThreshold(candidates, total, max_ratio, form).meet(budget)
 
     planned: dict[str, LayerPlan] = {}
@@ -112,6 +125,24 @@ def make_plan(
     )
 
 
+def check_options(budget: Budget, *, method: str, max_ratio: float, form: FormChoice) -> None:
+    """Refuse options that cannot be meant, before anything is computed.
+
+    Raises:
+        BudgetError: if the budget is no `Budget`.
+        EigenDamageError: if the method or form is unknown, or the cap out of range.
+    """
+    if not isinstance(budget, Budget):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise BudgetError(f"the budget is {budget!r}; give eigendamage.Budget(macs=0.5), say")
+    if method not in METHODS:
+        raise EigenDamageError(f"method '{method}' is unknown; known are {', '.join(METHODS)}")
+    if not isinstance(max_ratio, int | float) or not 0 < max_ratio < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise EigenDamageError(f"max_ratio is {max_ratio!r}; it must be above 0 and below 1")
+    if form not in get_args(FormChoice):
+        known = ", ".join(get_args(FormChoice))
+        raise EigenDamageError(f"form '{form}' is unknown; known are {known}")
+
+
 def _matching(model: nn.Module, curvature: Curvature) -> dict[str, Layer]:
     """The model's layers that the curvature is of.
 
@@ -139,7 +170,7 @@ def _kept_whole(curvature: Curvature, ignore: Iterable[str]) -> dict[str, str]:
     kept = dict.fromkeys(curvature.classifier, "it is the classifier")
     for pattern in [ignore] if isinstance(ignore, str) else ignore:
         hits = [n for n in curvature if fnmatchcase(n, pattern)]
-        if not hits:
+        if not hits and not any(fnmatchcase(n, pattern) for n in curvature.left_alone):
             raise EigenDamageError(
                 f"ignore pattern '{pattern}' matches no layer of the curvature; layers are: "
                 f"{', '.join(list(curvature)[:8])}, …"

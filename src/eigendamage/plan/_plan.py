@@ -36,6 +36,7 @@ class EigenBlock(Frozen):
     form: Form
 
 
+Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Action = Annotated[Keep | EigenBlock, Field(discriminator="kind")]
 
 
@@ -51,9 +52,9 @@ class LayerPlan(Frozen):
     """
 
     action: Action
-    price: float
+    price: Amount
     shape: tuple[int, int, int]
-    macs: tuple[float, float]
+    macs: tuple[Amount, Amount]
     parameters: tuple[int, int]
 
     @property
@@ -89,7 +90,7 @@ class Plan(Document):
     ratio: float | None = None
     layers: Mapping[str, LayerPlan]
     left_alone: Mapping[str, str]
-    macs: tuple[float, float]
+    macs: tuple[Amount, Amount]
     parameters: tuple[int, int]
     notes: tuple[str, ...] = ()
 

@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 
-from eigendamage.errors import BudgetError, EigenDamageError, NothingToCompressError
+from eigendamage.errors import BudgetError, NothingToCompressError
 from eigendamage.layers import FORMS, Cost, Form, LayerShape
 from eigendamage.plan._budget import Budget, Unit, counted
 from eigendamage.plan._plan import Action, EigenBlock, Keep
@@ -58,10 +58,6 @@ class GlobalThreshold:
     def __init__(
         self, candidates: Mapping[str, Candidate], total: Cost, max_ratio: float, form: FormChoice
     ) -> None:
-        if not 0 < max_ratio < 1:
-            raise EigenDamageError(f"max_ratio is {max_ratio}; it must be above 0 and below 1")
-        if form not in ("cheapest", "three"):
-            raise EigenDamageError(f"form '{form}' is unknown; known are cheapest, three")
         self._candidates = candidates
         self._total = total
         self._max_ratio = max_ratio

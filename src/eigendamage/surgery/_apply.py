@@ -48,6 +48,11 @@ def _check(name: str, planned: LayerPlan, layer: Layer | None, curvature: Curvat
             f"layer '{name}' has a weight of shape {shape} (o, i, K), the plan is for "
             f"{planned.shape}"
         )
+    if planned.changes and tuple(curvature[name].eigenvalues.shape) != shape:
+        raise MismatchError(
+            f"layer '{name}' has a weight of shape {shape} (o, i, K), the curvature is for "
+            f"{tuple(curvature[name].eigenvalues.shape)}"
+        )
     action = planned.action
     if isinstance(action, EigenBlock):
         for what, indices, size in (

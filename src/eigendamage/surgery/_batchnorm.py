@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
 
 from eigendamage.batches import Batch, Batches, Data, call, device_of
@@ -18,12 +18,13 @@ def recalibrate_batchnorm(
 ) -> int:
     """Replace the running statistics of every batch norm by those of the data, in place.
 
-    Statistics are averaged over batches, each weighted by its examples. Only batch norms run in
-    training mode; dropout stays off. No labels and no gradients are needed. If it fails, the old
-    statistics are put back.
+    Mean and (unbiased) variance are averaged over the calls of a batch norm, each weighted by its
+    batch's examples. Only batch norms run in training mode; dropout stays off. No labels and no
+    gradients are needed. A batch norm that does not run keeps its statistics; if anything fails,
+    all do.
 
     Returns:
-        How many batch norms were recalibrated; 0 if the model has none with running statistics.
+        How many batch norms were recalibrated; 0 if none with running statistics ran.
 
     Raises:
         DataError: if the data has no example, or only batches too small to have a spread.
@@ -32,40 +33,77 @@ def recalibrate_batchnorm(
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     if not norms:
         return 0
-    before = [(m, m.momentum, {k: v.clone() for k, v in m.named_buffers()}) for m in norms]
+    before = [(m, {k: v.clone() for k, v in m.named_buffers()}) for m in norms]
+    sums = {m: _Sums() for m in norms}
+    handles = [m.register_forward_pre_hook(sums[m].enter) for m in norms]
+    too_small: ValueError | None = None
     try:
         with preserved_random_state(), evaluating(model), torch.no_grad():
             batches = Batches(data, device_of(model), max_examples)
             for norm in norms:
                 norm.train()
-                norm.reset_running_stats()
-            seen = 0
             shown = track(batches, "batch norm", total=len(batches) or None, enabled=progress)
             for batch in shown:
-                if batch.size == 1 and seen > 0:
-                    continue  # a last batch of one has no spread to speak of
-                seen += batch.size
-                for norm in norms:
-                    norm.momentum = batch.size / seen
-                _run(model, batch)
-    except BaseException:
-        for norm, _, buffers in before:
+                too_small = _run(model, batch) or too_small
+                for total in sums.values():
+                    total.keep(batch.size)
+        ran = [m for m in norms if sums[m].weight]
+        if not ran and too_small is not None:
+            raise DataError(
+                f"batch norm's statistics cannot be measured on this data: {too_small}. Give "
+                f"batches of at least two examples, or skip it with recalibrate=False"
+            ) from too_small
+    finally:
+        for handle in handles:
+            handle.remove()
+        for norm, buffers in before:
             for name, buffer in buffers.items():
                 norm.get_buffer(name).copy_(buffer)
-        raise
-    finally:
-        for norm, momentum, _ in before:
-            norm.momentum = momentum
-    return len(norms)
+    for norm in ran:
+        sums[norm].write(norm)
+    return len(ran)
 
 
-def _run(model: nn.Module, batch: Batch) -> None:
+def _run(model: nn.Module, batch: Batch) -> ValueError | None:
+    """Run a batch; what batch norm says if one example and one position have no spread."""
     try:
         call(model, batch)
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise
-        raise DataError(
-            f"batch norm's statistics cannot be measured on batches of {batch.size}: {error}. "
-            f"Give batches of at least two examples, or skip it with recalibrate=False"
-        ) from error
+        return error
+    return None
+
+
+class _Sums:
+    """Weighted sums of the statistics of one batch norm's inputs, batch by batch."""
+
+    def __init__(self) -> None:
+        self.weight = 0
+        self._batches = 0
+        self._pending: list[tuple[Tensor, Tensor]] = []
+        self._mean: Tensor | None = None
+        self._variance: Tensor | None = None
+
+    def enter(self, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        x = args[0].detach()
+        flat = x.transpose(0, 1).flatten(1) if x.ndim > 1 else x.unsqueeze(1)
+        flat = flat if flat.dtype == torch.float64 else flat.float()
+        if flat.shape[1] > 1:
+            variance, mean = torch.var_mean(flat, 1)
+            self._pending.append((mean, variance))
+
+    def keep(self, examples: int) -> None:
+        for mean, variance in self._pending:
+            self._mean = examples * mean + (0 if self._mean is None else self._mean)
+            self._variance = examples * variance + (0 if self._variance is None else self._variance)
+            self.weight += examples
+        self._batches += bool(self._pending)
+        self._pending.clear()
+
+    def write(self, norm: _BatchNorm) -> None:
+        assert self._mean is not None
+        assert self._variance is not None
+        norm.get_buffer("running_mean").copy_(self._mean / self.weight)
+        norm.get_buffer("running_var").copy_(self._variance / self.weight)
+        norm.get_buffer("num_batches_tracked").fill_(self._batches)

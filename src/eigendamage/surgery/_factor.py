@@ -56,7 +56,9 @@ def factored_module(layer: Layer, stages: list[Tensor]) -> nn.Module:
         for parameter in factored.parameters():  # the layer was in channels_last
             if parameter.ndim == 4:
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
-    factored.requires_grad_(_trainable(old))
+    for name, parameter in factored.named_parameters():
+        source = old.bias if name.endswith("bias") else weight
+        parameter.requires_grad_(isinstance(source, Tensor) and source.requires_grad)
     return factored.train(old.training)
 
 
@@ -90,7 +92,3 @@ def _conv(layer: Layer, stages: list[Tensor], index: int, bias: bool) -> nn.Conv
     else:
         new = nn.Conv2d(inputs, outputs, 1, bias=bias, device="meta")
     return new.to_empty(device="cpu")
-
-
-def _trainable(module: nn.Module) -> bool:
-    return any(p.requires_grad for p in module.parameters())

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from eigendamage.batches import as_batch, call, device_of, logits_of
+from eigendamage.batches import as_batch, call, device_of
+from eigendamage.curvature import IGNORED_LABEL, CrossEntropy
 from eigendamage.errors import DataError, EigenDamageError, NonFiniteError
 from eigendamage.progress import track
 
@@ -69,10 +69,14 @@ def finetune(
         nesterov=config.momentum > 0,
     )
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, config.learning_rate, total_steps=config.epochs * steps
+        optimizer,
+        config.learning_rate,
+        total_steps=config.epochs * steps,
+        cycle_momentum=False,
     )
     modes = [(m, m.training) for m in model.modules()]
     device = device_of(model)
+    head = CrossEntropy()
     mean = 0.0
     try:
         model.train()
@@ -83,7 +87,8 @@ def finetune(
                 batch = as_batch(raw, index, device)
                 if batch.target is None:
                     raise DataError(f"fine-tuning needs labels, but batch {index} has none")
-                loss = F.cross_entropy(logits_of(call(model, batch)), batch.target)
+                counted = (batch.target != IGNORED_LABEL).sum().clamp_min(1)
+                loss = head.per_example(call(model, batch), batch).sum() / counted
                 if not bool(torch.isfinite(loss)):
                     raise NonFiniteError(
                         f"the loss became {loss.item()} in epoch {epoch + 1}, batch {index}; "

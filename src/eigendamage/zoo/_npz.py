@@ -17,7 +17,7 @@ from eigendamage.errors import DataError, FileFormatError
 from eigendamage.zoo._limits import refuse_too_many_bytes
 
 # What zipfile (an encrypted entry) and numpy (a header that promises too much) may raise besides.
-_READ_ERRORS = (OSError, EOFError, RuntimeError, MemoryError)
+_READ_ERRORS = (OSError, EOFError, RuntimeError, MemoryError, AttributeError, TypeError)
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +106,11 @@ def _pixels(images: np.ndarray, what: str) -> UInt8[Tensor, "n c h w"]:
 
 
 def _labels(labels: np.ndarray, what: str, count: int) -> Int64[Tensor, " n"]:
-    if labels.dtype.kind not in "iu" or labels.shape != (count,) or labels.min() < 0:
+    if (
+        labels.dtype.kind not in "iu"
+        or labels.shape != (count,)
+        or not 0 <= int(labels.min()) <= int(labels.max()) < 2**31
+    ):
         raise DataError(
             f"{what} is {labels.dtype} of shape {labels.shape}; {count} class indices, integers"
             " from 0, were expected"
@@ -117,4 +121,7 @@ def _labels(labels: np.ndarray, what: str, count: int) -> Int64[Tensor, " n"]:
 def _numbers(file: NpzFile, key: str) -> tuple[float, ...] | None:
     if key not in file.files:
         return None
-    return tuple(float(x) for x in np.atleast_1d(file[key]))
+    numbers = np.atleast_1d(file[key])
+    if numbers.ndim != 1 or not np.isfinite(numbers).all():
+        raise DataError(f"'{key}' has shape {numbers.shape}; one finite number a channel expected")
+    return tuple(float(x) for x in numbers)

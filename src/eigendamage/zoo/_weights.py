@@ -50,13 +50,20 @@ def _read(path: Path) -> dict[str, Tensor]:
     )
 
 
+# What a broken file makes the reader of weights raise: whatever its opcodes happen to ask for.
+_UNPICKLING = (
+    *(pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError),
+    *(KeyError, IndexError, TypeError, AttributeError, AssertionError, OverflowError, MemoryError),
+)
+
+
 def _unpickle(path: Path) -> object:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
+    except _UNPICKLING as error:
         raise FileFormatError(
-            f"'{path}' cannot be read as weights alone; save model.state_dict() to it, not the"
-            f" model ({str(error).splitlines()[0]})"
+            f"'{path}' cannot be read as weights alone ({type(error).__name__}): it is broken, or"
+            " holds a whole model; save model.state_dict() to it, not the model"
         ) from error
 
 

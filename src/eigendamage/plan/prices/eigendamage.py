@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float
@@ -29,12 +30,12 @@ class UnitPrices:
 
     loss: Float[Tensor, "o i"]
 
-    @property
+    @cached_property
     def rows(self) -> Float[Tensor, " o"]:
         """½ Σ w'² λ over each row."""
         return self.loss.sum(1)
 
-    @property
+    @cached_property
     def columns(self) -> Float[Tensor, " i"]:
         """½ Σ w'² λ over each column."""
         return self.loss.sum(0)
