@@ -48,7 +48,7 @@ def demo_command(
     table = Table(
         title="Fashion-MNIST, 2,000 test images; the curvature is label-free",
         box=None,
-        pad_edge=False,
+        padding=(0, 1, 0, 0),
     )
     for column in (
         "left of\nMACs",
