@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -16,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from eigendamage.batches import Batch, call
 from eigendamage.curvature._head import Head, Seed
 from eigendamage.errors import LayerError
-from eigendamage.layers import Layer, evaluating
+from eigendamage.layers import Layer, evaluating, preserved_random_state
 
 Record = TypeVar("Record")
 
@@ -169,19 +167,6 @@ def undisturbed(model: nn.Module) -> Generator[None]:
         finally:
             for parameter, flag in wanted:
                 parameter.requires_grad_(flag)
-
-
-@contextmanager
-def preserved_random_state() -> Generator[None]:
-    """Restore the random states of torch (all devices in use), numpy and Python afterwards."""
-    python, legacy = random.getstate(), np.random.get_state()
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=devices):
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(legacy)
 
 
 class _LayoutProbe:

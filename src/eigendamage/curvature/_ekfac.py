@@ -75,6 +75,29 @@ def gradient_norms(calls: Sequence[Call], geometry: ConvGeometry | None) -> Floa
     return _squared(calls, geometry).sum()
 
 
+def gradient_moments(
+    calls: Sequence[Call],
+    weight: Float[Tensor, "o i K"],
+    bias: Float[Tensor, " o"] | None,
+    geometry: ConvGeometry | None,
+) -> tuple[Float[Tensor, "o i K"], Float[Tensor, " o"], Float[Tensor, " o"]]:
+    """Σ_n of G[n]², of the squared bias gradient, and of (Σ_j w_rj G[n]_rj + b_r Σ_t g[n,t,r])².
+
+    The first two are N times the Fisher's exact diagonal. The third is, for each output r, the
+    squared first-order change of the loss when its filter and bias go (Molchanov et al. 2019,
+    eq. 8, for single examples).
+    """
+    g = calls[0][1]
+    n, o = g.shape[0], g.shape[1]
+    squares = torch.zeros_like(weight)
+    bias_gradient = torch.stack([y.sum(2) for _, y in calls]).sum(0)
+    along = bias_gradient * bias.to(g) if bias is not None else g.new_zeros(n, o)
+    for part, k, grad in _gradients(calls, geometry):
+        along[part] += torch.einsum("noi,oi->no", grad, weight[:, :, k])
+        squares[:, :, k] += grad.square().sum(0)
+    return squares, bias_gradient.square().sum(0), along.square().sum(0)
+
+
 def _squared(
     calls: Sequence[Call],
     geometry: ConvGeometry | None,
@@ -88,14 +111,31 @@ def _squared(
     those to rotate each G[n] into.
     """
     a, g = calls[0]
-    n, i, o = g.shape[0], a.shape[1], g.shape[1]
     offsets = 1 if geometry is None else geometry.offsets
+    result = g.new_zeros(g.shape[1], a.shape[1], offsets)
+    for _, k, grad in _gradients(calls, geometry, before):
+        rotated = grad if after is None else after[1].T @ grad @ after[0]
+        result[:, :, k] += rotated.square_().sum(0)
+    return result
+
+
+def _gradients(
+    calls: Sequence[Call],
+    geometry: ConvGeometry | None,
+    before: tuple[Tensor, Tensor] | None = None,
+) -> Iterator[tuple[slice, int, Float[Tensor, "m o i"]]]:
+    """Per-example gradients: which examples, which kernel offset, and their G[n][:, :, k].
+
+    ``before`` are bases (Q_A, Q_S) to rotate inputs and output gradients into first.
+    """
+    a, g = calls[0]
+    n, i, o = g.shape[0], a.shape[1], g.shape[1]
     # What one example takes: its gradient twice, and copies of its inputs and output gradients.
     size = 2 * o * i + 3 * sum(x[0].numel() + y[0].numel() for x, y in calls)
     step = max(1, _BUFFER_BYTES // (size * g.element_size()))
-    result = g.new_zeros(o, i, offsets)
     for start in range(0, n, step):
-        part = [(x[start : start + step], y[start : start + step]) for x, y in calls]
+        where = slice(start, start + step)
+        part = [(x[where], y[where]) for x, y in calls]
         if before is not None:
             part = [(_rotate(x, before[0]), _rotate(y, before[1])) for x, y in part]
         taps = zip(*(_taps(x, geometry) for x, _ in part), strict=True)
@@ -103,10 +143,7 @@ def _squared(
             grad = torch.bmm(part[0][1], inputs[0].transpose(1, 2))
             for (_, other), x in zip(part[1:], inputs[1:], strict=True):
                 grad.baddbmm_(other, x.transpose(1, 2))
-            if after is not None:
-                grad = after[1].T @ grad @ after[0]
-            result[:, :, k] += grad.square_().sum(0)
-    return result
+            yield where, k, grad
 
 
 def _taps(a: Tensor, geometry: ConvGeometry | None) -> Iterator[Float[Tensor, "n i t"]]:

@@ -95,3 +95,27 @@ def eigenbasis(moment: Float[Tensor, "c c"]) -> Eigenbasis:
     at = vectors.abs().argmax(0, keepdim=True)
     vectors = vectors * vectors.gather(0, at).sign()
     return Eigenbasis(values.clamp_min(0), vectors)
+
+
+def eigenbasis_within(
+    moment: Float[Tensor, "c c"], span: Float[Tensor, "c r"] | None
+) -> Eigenbasis:
+    """Like `eigenbasis`, but the last r columns are eigenvectors of the moment within a subspace.
+
+    The first c − r are those within its orthogonal complement. Each part is ascending.
+
+    Args:
+        moment: a second moment.
+        span: orthonormal columns; None for the whole space.
+    """
+    if span is None:
+        return eigenbasis(moment)
+    inside = span.double().to(moment.device)
+    rank = inside.shape[1]
+    # The complete QR of orthonormal columns: they themselves up to sign, then the complement.
+    outside = torch.linalg.qr(inside, mode="complete").Q[:, rank:]
+    parts = [(basis, eigenbasis(basis.T @ moment.double() @ basis)) for basis in (outside, inside)]
+    return Eigenbasis(
+        torch.cat([found.values for _, found in parts]),
+        torch.cat([basis @ found.vectors for basis, found in parts], 1),
+    )

@@ -9,19 +9,22 @@ import torch
 from torch import Tensor
 
 from eigendamage.curvature._capture import gradients_by_example, inputs_by_example
-from eigendamage.curvature._ekfac import eigenvalue_sum, gradient_norms
+from eigendamage.curvature._ekfac import eigenvalue_sum, gradient_moments, gradient_norms
 from eigendamage.curvature._factors import gram, input_moments
+from eigendamage.curvature._patches import PositionDraws, patch_moments
 from eigendamage.errors import LayerError
 from eigendamage.layers import Layer
 
 
 @dataclass
 class _InputPart:
-    """What one call adds to the input side, until a gradient shows that the call counts."""
+    """What one call adds to the input side, until a gradient shows that the call counts.
 
-    moment: Tensor | None
-    total: Tensor | None
-    positions: int = 0
+    Moment and total of the channels, and of whole patches where they are wanted.
+    """
+
+    channels: tuple[Tensor, Tensor] | None
+    patches: tuple[Tensor, Tensor] | None
 
 
 @dataclass
@@ -31,43 +34,76 @@ class FactorSums:
     output: Tensor
     input: Tensor
     total: Tensor
+    patches: Tensor | None
+    patch_total: Tensor | None
     positions: int = 0
 
 
-class FactorSink:
-    """Sums for S, A_c and the mean.
+@dataclass(frozen=True)
+class PatchWish:
+    """That the second moment of whole patches is wanted too.
 
-    The input side is reduced to (i × i) while the input is at hand, so that no activation is kept
-    for it, and counted once the call's gradient arrives.
+    Attributes:
+        calls: how often each layer runs; those that run several times are read at all positions.
+        draws: which positions of the others are read; None for all.
     """
 
-    def __init__(self, device: torch.device | None) -> None:
+    calls: Mapping[str, int]
+    draws: PositionDraws | None
+
+
+class FactorSink:
+    """Sums for S, A_c and the mean, and for A over whole patches where it is wished for.
+
+    The input side is reduced to its moments while the input is at hand, so that no activation is
+    kept for it, and counted once the call's gradient arrives.
+    """
+
+    def __init__(self, device: torch.device | None, patches: PatchWish | None = None) -> None:
         self.sums: dict[str, FactorSums] = {}
         self._device = device
+        self._patches = patches
 
     def entered(self, layer: Layer, x: Tensor, examples: int) -> _InputPart:
         inputs = inputs_by_example(layer, x, examples)
-        moment, total = input_moments(inputs, layer.geometry, name=layer.name)
-        return _InputPart(moment, total)
+        channels = input_moments(inputs, layer.geometry, name=layer.name)
+        return _InputPart(channels, self._patch_part(layer, inputs))
+
+    def _patch_part(self, layer: Layer, inputs: Tensor) -> tuple[Tensor, Tensor] | None:
+        wish, geometry = self._patches, layer.geometry
+        if wish is None or geometry is None or geometry.offsets == 1:
+            return None  # with one kernel offset the patch is the channels
+        draws = wish.draws if wish.calls[layer.name] == 1 else None
+        rows, columns = geometry.output_size(inputs.shape[2], inputs.shape[3])
+        at = None if draws is None else draws.draw(layer.name, len(inputs), rows * columns)
+        return patch_moments(inputs, geometry, at)
 
     def left(self, layer: Layer, record: _InputPart, g: Tensor, examples: int) -> None:
         gradient = gradients_by_example(layer, g, examples)
         sums = self.sums.get(layer.name)
         if sums is None:
             home = self._device or g.device
-            zeros = gradient.new_zeros
+            o, i, m = layer.outputs, layer.inputs, layer.inputs * layer.offsets
+            whole = record.patches is not None
             sums = FactorSums(
-                zeros((layer.outputs, layer.outputs), device=home),
-                zeros((layer.inputs, layer.inputs), device=home),
-                zeros((layer.inputs,), device=home),
+                gradient.new_zeros((o, o), device=home),
+                gradient.new_zeros((i, i), device=home),
+                gradient.new_zeros((i,), device=home),
+                gradient.new_zeros((m, m), device=home) if whole else None,
+                gradient.new_zeros((m,), device=home) if whole else None,
             )
             self.sums[layer.name] = sums
         sums.output += gram(gradient).to(sums.output)
-        if record.moment is not None and record.total is not None:
-            sums.input += record.moment.to(sums.input)
-            sums.total += record.total.to(sums.total)
+        if record.channels is not None:
+            sums.input += record.channels[0].to(sums.input)
+            sums.total += record.channels[1].to(sums.total)
             sums.positions += examples * gradient.shape[2]
-            record.moment = record.total = None
+            record.channels = None
+        if record.patches is not None and sums.patches is not None:
+            assert sums.patch_total is not None
+            sums.patches += record.patches[0].to(sums.patches)
+            sums.patch_total += record.patches[1].to(sums.patch_total)
+            record.patches = None
 
 
 @dataclass
@@ -148,6 +184,48 @@ class EigenvalueSink(_PairSink):
             self.sums[layer.name] += found.to(home)
         else:
             self.sums[layer.name] = found.to(home)
+
+
+@dataclass
+class GradientMoments:
+    """Sums over examples of one layer's per-example gradients.
+
+    Attributes:
+        squares: of each weight's, (o, i, K).
+        bias_squares: of each bias's, (o,).
+        gates: of each output's gradient times its weights and bias, squared, (o,).
+    """
+
+    squares: Tensor
+    bias_squares: Tensor
+    gates: Tensor
+
+    def add(self, other: GradientMoments) -> None:
+        """Add the sums of further examples."""
+        self.squares += other.squares.to(self.squares)
+        self.bias_squares += other.bias_squares.to(self.bias_squares)
+        self.gates += other.gates.to(self.gates)
+
+
+class GradientSink(_PairSink):
+    """Sums for the Fisher's diagonal and for the first-order change of the loss."""
+
+    def __init__(self, calls: Mapping[str, int], device: torch.device | None) -> None:
+        super().__init__(calls)
+        self._device = device
+        self.sums: dict[str, GradientMoments] = {}
+
+    def take(self, layer: Layer, calls: list[tuple[Tensor, Tensor]]) -> None:
+        home = self._device or calls[0][1].device
+        weight, bias = layer.weight().to(calls[0][1]), layer.bias()
+        found = GradientMoments(*gradient_moments(calls, weight, bias, layer.geometry))
+        known = self.sums.get(layer.name)
+        if known is None:
+            self.sums[layer.name] = GradientMoments(
+                found.squares.to(home), found.bias_squares.to(home), found.gates.to(home)
+            )
+        else:
+            known.add(found)
 
 
 class TraceSink(_PairSink):

@@ -14,16 +14,22 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from eigendamage.curvature._curvature import Curvature, EigenvalueKind, LayerCurvature
+from eigendamage.curvature._curvature import Curvature, Extra
 from eigendamage.curvature._head import Fisher
+from eigendamage.curvature._layer import EigenvalueKind, LayerCurvature
 from eigendamage.errors import FileFormatError
 from eigendamage.files import written_beside
-from eigendamage.layers import LayerShape
+from eigendamage.layers import ChannelGraph, LayerShape
 
 _FORMAT = "eigendamage.curvature"
 _VERSION = 1
 _ORTHONORMAL_TO = 1e-3
+_NOT_NEGATIVE = (
+    *("S_eigenvalues", "A_eigenvalues", "eigenvalues"),
+    *("diagonal", "bias_diagonal", "gates"),
+)
 _TENSORS = ("S", "A", "mean", "Q_S", "Q_A", "S_eigenvalues", "A_eigenvalues", "eigenvalues")
+_OPTIONAL = ("patches", "patch_mean", "diagonal", "bias_diagonal", "gates")
 
 
 class _LayerRecord(BaseModel):
@@ -37,6 +43,7 @@ class _LayerRecord(BaseModel):
     bias: bool
     positions_in: float
     positions_out: float
+    ranks: tuple[int, int]
 
 
 class _Header(BaseModel):
@@ -53,6 +60,8 @@ class _Header(BaseModel):
     loss: str
     fisher: Fisher
     kind: EigenvalueKind
+    extras: tuple[Extra, ...]
+    channels: ChannelGraph | None
 
 
 def save_curvature(curvature: Curvature, path: str | Path) -> None:
@@ -60,14 +69,18 @@ def save_curvature(curvature: Curvature, path: str | Path) -> None:
     tensors = {
         f"{name}:{what}": getattr(layer, what).detach().cpu().contiguous()
         for name, layer in curvature.items()
-        for what in _TENSORS
+        for what in (*_TENSORS, *_OPTIONAL)
+        if getattr(layer, what) is not None
     }
     header = _Header(
         format=_FORMAT,
         version=_VERSION,
         layers={
             name: _LayerRecord(
-                examples=layer.examples, positions=layer.positions, **asdict(layer.shape)
+                examples=layer.examples,
+                positions=layer.positions,
+                ranks=layer.ranks,
+                **asdict(layer.shape),
             )
             for name, layer in curvature.items()
         },
@@ -79,6 +92,8 @@ def save_curvature(curvature: Curvature, path: str | Path) -> None:
         loss=curvature.loss,
         fisher=curvature.fisher,
         kind=curvature.kind,
+        extras=curvature.extras,
+        channels=curvature.channels,
     )
     with written_beside(path) as beside:
         save_file(tensors, beside, metadata={"curvature": header.model_dump_json()})
@@ -103,8 +118,8 @@ def load_curvature(path: str | Path, device: str = "cpu") -> Curvature:
             }
     except SafetensorError as error:
         raise FileFormatError(f"{path} is not a whole safetensors file: {error}") from error
-    rest = header.model_dump(exclude={"format", "version", "layers"})
-    return Curvature(layers=layers, **rest)
+    rest = header.model_dump(exclude={"format", "version", "layers", "channels"})
+    return Curvature(layers=layers, channels=header.channels, **rest)
 
 
 def _read_header(path: str | Path, metadata: dict[str, str] | None) -> _Header:
@@ -130,7 +145,7 @@ def _refuse_broken(path: str | Path, name: str, tensors: Mapping[str, Tensor]) -
                 f"{path}: '{what}' of layer '{name}' is {tensor.dtype} or holds NaN or infinite "
                 f"values; finite floating-point numbers were expected"
             )
-        if what.endswith("eigenvalues") and bool((tensor < 0).any()):
+        if what in _NOT_NEGATIVE and bool((tensor < 0).any()):
             raise FileFormatError(f"{path}: '{what}' of layer '{name}' has negative values")
         if what.startswith("Q_"):
             wide = tensor.double()
@@ -150,16 +165,29 @@ def _read_layer(path: str | Path, name: str, record: _LayerRecord, file: Any) ->
         "S_eigenvalues": (o,),
         "A_eigenvalues": (i,),
         "eigenvalues": (o, i, k),
+        "patches": (i * k, i * k),
+        "patch_mean": (i * k,),
+        "diagonal": (o, i, k),
+        "bias_diagonal": (o,),
+        "gates": (o,),
     }
-    tensors = {what: file.get_tensor(f"{name}:{what}") for what in _TENSORS}
+    there = set(file.keys())
+    optional = [what for what in _OPTIONAL if f"{name}:{what}" in there]
+    tensors = {what: file.get_tensor(f"{name}:{what}") for what in (*_TENSORS, *optional)}
     for what, tensor in tensors.items():
         if tuple(tensor.shape) != shapes[what]:
             raise FileFormatError(
                 f"{path}: '{what}' of layer '{name}' has shape {tuple(tensor.shape)}, the header "
                 f"says {shapes[what]}"
             )
-    shape = LayerShape(**record.model_dump(exclude={"examples", "positions"}))
+    if not (0 < record.ranks[0] <= o and 0 < record.ranks[1] <= i):
+        raise FileFormatError(f"{path}: layer '{name}' of {o} × {i} has ranks {record.ranks}")
+    shape = LayerShape(**record.model_dump(exclude={"examples", "positions", "ranks"}))
     _refuse_broken(path, name, tensors)
     return LayerCurvature(
-        **tensors, examples=record.examples, positions=record.positions, shape=shape
+        **tensors,
+        examples=record.examples,
+        positions=record.positions,
+        shape=shape,
+        ranks=record.ranks,
     )

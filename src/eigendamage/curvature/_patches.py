@@ -1,0 +1,88 @@
+"""The second moment of whole patches, A over all inputs and kernel offsets, as pure functions."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from eigendamage.curvature._factors import gram
+from eigendamage.layers import ConvGeometry
+
+_BUFFER_BYTES = 64 * 2**20
+
+
+def patch_moments(
+    x: Float[Tensor, "n i h w"],
+    geometry: ConvGeometry,
+    positions: Int[Tensor, "n p"] | None = None,
+) -> tuple[Float[Tensor, "iK iK"], Float[Tensor, " iK"]]:
+    """Σ_n Σ_t vec(a) vec(a)ᵀ and Σ_n Σ_t vec(a) over examples and positions, a the (i, K) patch.
+
+    Divided by N·T they are the patch second moment A (Grosse & Martens 2016, eq. 26) and its mean.
+    Cost: one (iK × n·t) product, and a slice of the patches at a time in memory.
+
+    Args:
+        x: the input.
+        geometry: the convolution's.
+        positions: output positions to read of each example, drawn uniformly; their sums are scaled
+            to stand for all T. All positions by default.
+    """
+    rows, columns = geometry.output_size(x.shape[2], x.shape[3])
+    seen = rows * columns if positions is None else positions.shape[1]
+    width = x.shape[1] * geometry.offsets
+    step = max(1, _BUFFER_BYTES // (width * seen * x.element_size()))
+    moment, total = x.new_zeros(width, width), x.new_zeros(width)
+    for start in range(0, x.shape[0], step):
+        part = x[start : start + step]
+        if positions is None:
+            patches = geometry.patches(part)
+        else:
+            patches = _patches_at(part, geometry, positions[start : start + step].to(x.device))
+        patches = patches.flatten(1, 2)
+        moment += gram(patches)
+        total += patches.sum((0, 2))
+    scale = rows * columns / seen
+    return scale * moment, scale * total
+
+
+def _patches_at(
+    x: Float[Tensor, "n i h w"], geometry: ConvGeometry, positions: Int[Tensor, "n p"]
+) -> Float[Tensor, "n i K p"]:
+    _, columns = geometry.output_size(x.shape[2], x.shape[3])
+    padded = geometry.pad(x)
+    width = padded.shape[3]
+    flat = padded.flatten(2)
+    top = positions // columns * geometry.stride[0]
+    left = positions % columns * geometry.stride[1]
+    taps: list[Tensor] = []
+    for y in range(geometry.kernel[0]):
+        for z in range(geometry.kernel[1]):
+            at = (top + y * geometry.dilation[0]) * width + left + z * geometry.dilation[1]
+            taps.append(flat.gather(2, at.unsqueeze(1).expand(-1, x.shape[1], -1)))
+    return torch.stack(taps, 2)
+
+
+class PositionDraws:
+    """Which positions of each example are read: at most so many, the same for any batch size.
+
+    Args:
+        limit: the most positions an example; all are read where there are no more.
+        seed: of the draws, one stream of numbers a layer in data order.
+    """
+
+    def __init__(self, limit: int, seed: int) -> None:
+        self._limit = limit
+        self._seed = seed
+        self._streams: dict[str, torch.Generator] = {}
+
+    def draw(self, layer: str, examples: int, positions: int) -> Int[Tensor, "n p"] | None:
+        """Uniform draws with replacement, (n, limit); None where all positions are to be read."""
+        if positions <= self._limit:
+            return None
+        stream = self._streams.get(layer)
+        if stream is None:
+            stream = torch.Generator().manual_seed(self._seed + len(self._streams))
+            self._streams[layer] = stream
+        uniform = torch.rand((examples, self._limit), generator=stream, dtype=torch.float64)
+        return (uniform * positions).long().clamp_max(positions - 1)
