@@ -1,25 +1,52 @@
 """What a compressible layer is: its (o, i, K) weight, geometry, cost and factored forms."""
 
-from eigendamage.layers._cost import FORMS, Cost, Form, LayerShape
+from eigendamage.layers._channel_graph import Carrier, ChannelGraph, ChannelGroup, Member
+from eigendamage.layers._channels import find_channels
+from eigendamage.layers._cost import FORMS, Cost, DenseForm, Form, LayerShape
 from eigendamage.layers._factored import FactoredConv2d, FactoredLinear, balance
 from eigendamage.layers._find import Layer, Layers, find_layers
 from eigendamage.layers._geometry import ConvGeometry
-from eigendamage.layers._trace import LayerTrace, Trace, evaluating, trace
+from eigendamage.layers._slicing import (
+    Kept,
+    Sides,
+    channels_of,
+    kept_indices,
+    remove_units,
+    sides,
+    slice_channels,
+    zero_inputs,
+)
+from eigendamage.layers._trace import LayerTrace, Trace, evaluating, preserved_random_state, trace
 
 __all__ = [
     "FORMS",
+    "Carrier",
+    "ChannelGraph",
+    "ChannelGroup",
     "ConvGeometry",
     "Cost",
+    "DenseForm",
     "FactoredConv2d",
     "FactoredLinear",
     "Form",
+    "Kept",
     "Layer",
     "LayerShape",
     "LayerTrace",
     "Layers",
+    "Member",
+    "Sides",
     "Trace",
     "balance",
+    "channels_of",
     "evaluating",
+    "find_channels",
     "find_layers",
+    "kept_indices",
+    "preserved_random_state",
+    "remove_units",
+    "sides",
+    "slice_channels",
     "trace",
+    "zero_inputs",
 ]

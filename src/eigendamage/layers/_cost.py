@@ -5,14 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Form = Literal["three", "merge_in", "merge_out"]
+from eigendamage.errors import EigenDamageError
+
+DenseForm = Literal["three", "merge_in", "merge_out"]
+Form = Literal[DenseForm, "depthwise"]
 """How a factored layer is laid out.
 
 ``three``: 1×1 (i → r_i), K (r_i → r_o), 1×1 (r_o → o).
 ``merge_in``: the first two multiplied together, K (i → r_o), 1×1 (r_o → o).
 ``merge_out``: the last two multiplied together, 1×1 (i → r_i), K (r_i → o).
+``depthwise``: 1×1 (i → R), K on each channel by itself (R → R, R groups), 1×1 (R → o). At R = 1 it
+is the same as ``three``.
 """
-FORMS: tuple[Form, ...] = ("three", "merge_in", "merge_out")
+FORMS: tuple[DenseForm, ...] = ("three", "merge_in", "merge_out")
+"""The forms of one and the same product: which of them is only a question of cost."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +62,24 @@ class LayerShape:
         return Cost(weights * self.positions_out, weights + self._bias())
 
     def factored(self, rank_out: int, rank_in: int, form: Form) -> Cost:
-        """Cost of the layer in stages, with ``rank_out`` rows and ``rank_in`` columns kept."""
+        """Cost of the layer in stages, with ``rank_out`` rows and ``rank_in`` columns kept.
+
+        Raises:
+            EigenDamageError: if the form is ``depthwise`` and the ranks are not the same R.
+        """
         o, i, k = self.outputs, self.inputs, self.offsets
         reduce = Cost(i * rank_in * self.positions_in, i * rank_in)
         expand = Cost(rank_out * o * self.positions_out, rank_out * o + self._bias())
         if form == "three":
             core = rank_in * k * rank_out
+            return reduce + Cost(core * self.positions_out, core) + expand
+        if form == "depthwise":
+            if rank_out != rank_in:
+                raise EigenDamageError(
+                    f"a depthwise stage has as many outputs as inputs, but ranks ({rank_out}, "
+                    f"{rank_in}) were given; give the number of its channels twice"
+                )
+            core = rank_in * k
             return reduce + Cost(core * self.positions_out, core) + expand
         if form == "merge_in":
             core = i * k * rank_out

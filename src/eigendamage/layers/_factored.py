@@ -61,8 +61,9 @@ class FactoredLinear(nn.Sequential):
 class FactoredConv2d(nn.Sequential):
     """A convolution as a K convolution with 1×1 convolutions before it, after it, or both.
 
-    Stride, padding and dilation belong to the K stage, the bias to the last. It runs, trains,
-    saves and exports as the ``nn.Sequential`` that it is.
+    Stride, padding and dilation belong to the K stage, the bias to the last. Between two 1×1
+    stages the K stage may be depthwise. It runs, trains, saves and exports as the
+    ``nn.Sequential`` that it is.
     """
 
     __jit_unused_properties__: ClassVar[list[str]] = [
@@ -102,7 +103,8 @@ class FactoredConv2d(nn.Sequential):
         stages = cast(list[nn.Conv2d], list(self))
         widths = [s.out_channels for s in stages]
         if len(stages) == 3:
-            return "three", widths[1], widths[0]
+            form: Form = "three" if self.core.groups == 1 else "depthwise"
+            return form, widths[1], widths[0]
         if self.core is stages[0]:
             return "merge_in", widths[0], self.in_channels
         return "merge_out", self.out_channels, widths[0]
@@ -115,7 +117,10 @@ class FactoredConv2d(nn.Sequential):
         at = stages.index(core)
         weight = core.weight
         for stage in reversed(stages[:at]):
-            weight = torch.einsum("or...,ri->oi...", weight, stage.weight[:, :, 0, 0])
+            if core.groups > 1:  # each of its channels reads one row of the stage before
+                weight = weight * stage.weight
+            else:
+                weight = torch.einsum("or...,ri->oi...", weight, stage.weight[:, :, 0, 0])
         for stage in stages[at + 1 :]:
             weight = torch.einsum("or,ri...->oi...", stage.weight[:, :, 0, 0], weight)
         return weight

@@ -6,7 +6,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import cast
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
@@ -74,12 +76,35 @@ class Layer:
             return shape.factored(rank_out, rank_in, form)
         return shape.dense()
 
+    def spans(self) -> tuple[Float[Tensor, "o ro"] | None, Float[Tensor, "i ri"] | None]:
+        """Orthonormal columns that the weight's outputs and its inputs lie in; None for all.
+
+        Those of a factored layer's outer stages, in float64. Without a kernel both stages of a
+        pair limit both sides.
+        """
+        if not isinstance(self.module, FactoredConv2d | FactoredLinear):
+            return None, None
+        parts = cast("list[nn.Conv2d | nn.Linear]", list(self.module))
+        stages = [part.weight.detach().double().flatten(1) for part in parts]
+        form = self.module.layout[0]
+        both = self.offsets == 1 or form in ("three", "depthwise")
+        out = stages[-1] if both or form == "merge_in" else None
+        into = stages[0].T if both or form == "merge_out" else None
+        return _orthonormal(out, self.outputs), _orthonormal(into, self.inputs)
+
     def dense_weight(self) -> Tensor:
         """The weight as the module has it; the product of its stages if it is factored."""
         weight = self.module.weight
         if not isinstance(weight, Tensor):
             raise LayerError(self.name, "its weight is not a tensor")
         return weight
+
+
+def _orthonormal(columns: Float[Tensor, "c r"] | None, size: int) -> Tensor | None:
+    """An orthonormal basis of what the columns span, None if they could span everything."""
+    if columns is None or columns.shape[1] >= size:
+        return None
+    return torch.linalg.qr(columns).Q
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import random
 import warnings
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -66,6 +68,19 @@ def evaluating(model: nn.Module) -> Generator[None]:
         torch.backends.mha.set_fastpath_enabled(fused)
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def preserved_random_state() -> Generator[None]:
+    """Restore the random states of torch (all devices in use), numpy and Python afterwards."""
+    python, legacy = random.getstate(), np.random.get_state()
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(legacy)
 
 
 def trace(
