@@ -23,7 +23,15 @@ from eigendamage.curvature import (
 )
 from eigendamage.errors import MismatchError
 from eigendamage.measure import count, evaluate_together
-from eigendamage.plan import Budget, FormChoice, Plan, check_options, make_plan
+from eigendamage.plan import (
+    Budget,
+    FormChoice,
+    Plan,
+    RankBy,
+    check_options,
+    make_plan,
+    needs,
+)
 from eigendamage.report import (
     Environment,
     Measured,
@@ -57,6 +65,7 @@ def compress(
     *,
     budget: Budget,
     method: str = "eigendamage",
+    variant: str | None = None,
     eval_data: Data | None = None,
     curvature: Curvature | None = None,
     loss: Loss = "cross_entropy",
@@ -64,6 +73,8 @@ def compress(
     eigenvalues: EigenvalueKind = "ekfac",
     max_ratio: float = 0.95,
     form: FormChoice = "cheapest",
+    damping: float = 1e-3,
+    rank_by: RankBy | None = None,
     ignore: Iterable[str] = (),
     max_examples: int | None = None,
     recalibrate: bool = True,
@@ -78,7 +89,9 @@ def compress(
         model: the trained network.
         data: some of its inputs in batches; labels are not needed unless ``fisher="empirical"``.
         budget: how small the result has to be.
-        method: see `make_plan`.
+        method: see `make_plan`; likewise ``variant``, ``max_ratio``, ``form``, ``damping`` and
+            ``rank_by``.
+        variant: the form of the method.
         eval_data: held-out batches to measure on; ``data`` itself if there is none, which the
             report then says. Nothing is chosen by it.
         curvature: of this model, if it was estimated before; saves the passes over the data.
@@ -86,14 +99,16 @@ def compress(
             ``max_examples``, ``reduction`` and ``seed``.
         fisher: which labels.
         eigenvalues: λ, or the paper's Λ_S Λ_A.
-        max_ratio: see `make_plan`.
-        form: see `make_plan`.
+        max_ratio: the most of one side of a layer, or of a group of channels, that may go.
+        form: how factored layers are laid out.
+        damping: of S and A where they are inverted.
+        rank_by: by price, or by price for what is saved.
         ignore: shell patterns over dotted paths of layers to leave alone.
         max_examples: the most examples of ``data`` to use.
         recalibrate: measure batch norm's statistics again on ``data``, without labels.
         calibration_examples: how many examples the calibration table is made of; 0 for none.
         reduction: what a loss function that returns one number has done over the batch.
-        seed: of the label draws.
+        seed: of the label draws, and of the method ``random``.
         progress: whether to show progress.
 
     Returns:
@@ -104,7 +119,15 @@ def compress(
         EigenDamageError: one of its subclasses, as `estimate_curvature` and
             `make_plan` say.
     """
-    check_options(budget, method=method, max_ratio=max_ratio, form=form)
+    check_options(
+        budget,
+        method=method,
+        variant=variant,
+        max_ratio=max_ratio,
+        form=form,
+        damping=damping,
+        rank_by=rank_by,
+    )
     clock = _Clock()
     ignored = (ignore,) if isinstance(ignore, str) else tuple(ignore)
     # One view of the data for all stages: a generator is used up by the first.
@@ -121,11 +144,11 @@ def compress(
                 eigenvalues=eigenvalues,
                 ignore=ignored,
                 max_examples=max_examples,
+                also=needs(method),
                 reduction=reduction,
                 seed=seed,
                 progress=progress,
             )
-            ignored = ()
     elif curvature.loss != loss_name(loss):
         raise MismatchError(
             f"the curvature given is of the loss '{curvature.loss}', not of '{loss_name(loss)}'"
@@ -136,10 +159,14 @@ def compress(
             curvature,
             budget,
             method=method,
+            variant=variant,
             max_ratio=max_ratio,
             form=form,
             eigenvalues=eigenvalues if curvature.kind == "ekfac" else None,
+            damping=damping,
+            rank_by=rank_by,
             ignore=ignored,
+            seed=seed,
         )
     with clock.stage("surgery"):
         compressed = apply_plan(model, plan, curvature)
@@ -174,7 +201,7 @@ def compress(
     before, after = count(model, data), count(small, data)
     report = Report(
         model=type(model).__name__,
-        method=plan.method,
+        method=plan.title,
         budget=str(budget),
         ratio=plan.ratio,
         macs=(before.macs, after.macs),

@@ -26,21 +26,17 @@ from torch.nn.functional import conv2d, linear
 from eigendamage import Budget, EigenBlock, Plan, apply_plan, estimate_curvature, make_plan
 from eigendamage.curvature import Curvature, LayerCurvature, eigenbasis, homogeneous
 from eigendamage.layers import Layer, LayerShape, find_layers
-from eigendamage.plan.prices.eigendamage import (
-    UnitPrices,
-    kept_above,
-    rotated_weight,
-    threshold_at,
-    unit_prices,
+from eigendamage.plan._threshold import kept_above, threshold_at
+from eigendamage.plan.prices.eigendamage import UnitPrices, rotated_weight, unit_prices
+from tests.parity.comparing import (
+    RATIOS,
+    assert_close,
+    every_kind,
+    every_network,
+    every_ratio,
+    falls_back,
 )
-from tests.parity.networks import NETWORKS, Golden, outputs_of
-
-KINDS = ("emp", "true")
-RATIOS = ("0.3", "0.5", "0.7", "0.9")
-
-every_network = pytest.mark.parametrize("network", NETWORKS)
-every_kind = pytest.mark.parametrize("kind", KINDS)
-every_ratio = pytest.mark.parametrize("ratio", RATIOS)
+from tests.parity.networks import Golden, outputs_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,6 +119,11 @@ class Case:
         return {name: self.views[name].prices() for name in self.pruned}
 
 
+def threshold_of(prices: dict[str, UnitPrices], ratio: str) -> float:
+    """One threshold for the rows and columns of all layers."""
+    return threshold_at(torch.cat([p.units for p in prices.values()]), float(ratio))
+
+
 @functools.cache
 def case_of(network: str, kind: str) -> Case:
     golden = Golden.read(network)
@@ -138,21 +139,6 @@ def case_of(network: str, kind: str) -> Case:
     layers = find_layers(model).compressible
     views = {name: View.of(layers[name], known) for name, known in curvature.items()}
     return Case(golden, kind, model, curvature, views)
-
-
-def assert_close(ours: Tensor, theirs: Tensor, tolerance: float) -> None:
-    """Every entry within ``tolerance`` of the largest one."""
-    assert ours.shape == theirs.shape
-    gap = float((ours - theirs).abs().max() / theirs.abs().max())
-    assert gap <= tolerance, f"relative to the largest entry they differ by {gap:.2e}"
-
-
-def falls_back(price: Tensor, threshold: float, max_ratio: float) -> bool:
-    """Whether the official code, having left at most one unit of a side, keeps index 0 instead."""
-    if float((price <= threshold).double().mean()) <= max_ratio:
-        return False
-    own = price.sort().values[int(max_ratio * len(price))]
-    return int((price > own).sum()) <= 1
 
 
 @every_network
@@ -217,7 +203,7 @@ def test_importances(network, kind):
 @every_ratio
 def test_threshold(network, kind, ratio):
     case = case_of(network, kind)
-    ours = 2 * case.batches**2 * threshold_at(case.prices(), float(ratio))
+    ours = 2 * case.batches**2 * threshold_of(case.prices(), ratio)
     assert ours == pytest.approx(case.decided(ratio)["threshold"], rel=1e-9)
 
 
@@ -227,7 +213,7 @@ def test_threshold(network, kind, ratio):
 def test_kept_units(network, kind, ratio):
     case = case_of(network, kind)
     prices = case.prices()
-    threshold = threshold_at(prices, float(ratio))
+    threshold = threshold_of(prices, ratio)
     for name, decided in case.decided(ratio)["layers"].items():
         for price, what in ((prices[name].rows, "kept_out"), (prices[name].columns, "kept_in")):
             ours = kept_above(price, threshold, case.max_ratio)
@@ -271,7 +257,7 @@ def test_plan(kind, ratio):
     assert plan.layers["linear"].changes is False
     assert set(plan.layers) == {*case.pruned, "linear"}
     prices, decided = case.prices(), case.decided(ratio)
-    threshold = threshold_at(prices, float(ratio))
+    threshold = threshold_of(prices, ratio)
     for name, expected in decided["layers"].items():
         action = plan.layers[name].action
         assert isinstance(action, EigenBlock) == expected["replaced"]

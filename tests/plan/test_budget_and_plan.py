@@ -11,13 +11,8 @@ from torch import nn
 
 import eigendamage as ed
 from eigendamage.layers import FORMS, LayerShape
-from eigendamage.plan.prices.eigendamage import (
-    UnitPrices,
-    kept_above,
-    rotated_weight,
-    threshold_at,
-    unit_prices,
-)
+from eigendamage.plan._threshold import kept_above, threshold_at
+from eigendamage.plan.prices.eigendamage import UnitPrices, rotated_weight, unit_prices
 from tests.cases import CASES
 
 
@@ -208,11 +203,11 @@ def test_kept_units_are_the_dearest_and_at_least_one() -> None:
 
 def test_threshold_counts_rows_and_columns_of_all_layers() -> None:
     loss = torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=torch.float64)
-    prices = {"a": UnitPrices(loss), "b": UnitPrices(10 * loss)}
+    units = torch.cat([UnitPrices(scale * loss, (2, 2)).units for scale in (1, 10)])
     # rows 3, 7 and columns 4, 6; ten times that
-    assert threshold_at(prices, 0.0) < 0
-    assert threshold_at(prices, 0.25) == 6
-    assert threshold_at(prices, 1.0) == 70
+    assert threshold_at(units, 0.0) < 0
+    assert threshold_at(units, 0.25) == 6
+    assert threshold_at(units, 1.0) == 70
 
 
 def test_block_price_is_the_loss_outside_the_block() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import get_args
 
@@ -11,20 +10,21 @@ import torch
 from torch import nn
 
 from eigendamage.curvature import Curvature, EigenvalueKind
-from eigendamage.errors import (
-    BudgetError,
-    EigenDamageError,
-    MismatchError,
-    NonFiniteError,
-    NothingToCompressError,
-)
+from eigendamage.errors import BudgetError, EigenDamageError, MismatchError
 from eigendamage.layers import Cost, Layer, find_layers
+from eigendamage.plan._blocks import FormChoice, plan_blocks
 from eigendamage.plan._budget import Budget
+from eigendamage.plan._channels import RankBy, plan_channels, ranked_per
+from eigendamage.plan._methods import (
+    BlockMethod,
+    ChannelMethod,
+    WeightMethod,
+    method_named,
+    variant_of,
+)
 from eigendamage.plan._plan import Keep, LayerPlan, Plan
-from eigendamage.plan._threshold import Candidate, FormChoice, GlobalThreshold
-from eigendamage.plan.prices.eigendamage import layer_prices
-
-METHODS = ("eigendamage",)
+from eigendamage.plan._task import Result, Task
+from eigendamage.plan._weights import plan_weights
 
 
 def make_plan(
@@ -33,114 +33,158 @@ def make_plan(
     budget: Budget,
     *,
     method: str = "eigendamage",
+    variant: str | None = None,
     max_ratio: float = 0.95,
     form: FormChoice = "cheapest",
     eigenvalues: EigenvalueKind | None = None,
+    damping: float = 1e-3,
+    rank_by: RankBy | None = None,
     ignore: Iterable[str] = (),
+    seed: int = 0,
 ) -> Plan:
     """Decide what happens to each layer. Neither the model nor any data is run.
 
+    All methods remove their units against one global threshold over all layers, as the paper does
+    (Wang, Grosse, Fidler, Zhang 2019, section 4.2).
+
     Args:
         model: the network that the curvature is of; only its weights are read.
-        curvature: from `estimate_curvature`.
-        budget: how small the result has to be.
-        method: ``eigendamage``: rows and columns of the weights in the Kronecker-factored
-            eigenbasis against one global threshold (Wang et al. 2019). The classifier is kept.
-        max_ratio: where more than this fraction of one side of a layer would go, its
-            ⌊max_ratio · n⌋ + 1 cheapest units go and no more (the prune_ratio_limit of the paper's
-            code).
-        form: ``cheapest`` multiplies neighbouring stages together where that costs less,
-            ``three`` keeps the paper's three stages.
-        eigenvalues: price by λ (``ekfac``) or by Λ_S Λ_A (``kfac``, the paper's); what the
-            curvature was estimated with by default.
+        curvature: from `estimate_curvature`, with ``also=`` what the method `needs`.
+        budget: how small the result has to be. Methods that mask single weights take a ratio.
+        method: what goes.
+
+            - ``eigendamage``: rows and columns of the weights in the Kronecker-factored eigenbasis;
+              ``eigendamage-dw`` makes the middle stage depthwise. The classifier is kept.
+            - ``kron-obs``, ``kron-obd``, ``c-obs``, ``c-obd``: whole channels, by the curvature.
+            - ``taylor``, ``slimming``, ``magnitude``, ``random``: whole channels, by baselines.
+            - ``obs``, ``obd``: single weights, by masks; the model gets no smaller.
+        variant: the form of the method. ``kron-obs``: ``readers`` (the default) prices and
+            repairs the layers that read a channel, in backward elimination; ``paper`` the filters
+            that make it; ``joint`` prices as the paper and repairs filters and readers by their
+            joint optimum; ``official`` is what the paper's code computes. ``kron-obd``: ``paper``
+            or ``official``.
+        max_ratio: where more than this fraction of one side of a layer (or of a group of channels)
+            would go, its ⌊max_ratio · n⌋ + 1 cheapest units go and no more (the
+            prune_ratio_limit of the paper's code).
+        form: for ``eigendamage``: ``cheapest`` multiplies neighbouring stages together where that
+            costs less, ``three`` keeps the paper's three stages.
+        eigenvalues: for ``eigendamage``: price by λ (``ekfac``) or by Λ_S Λ_A (``kfac``, the
+            paper's); what the curvature was estimated with by default.
+        damping: added to S and A by the methods that invert them, relative to their mean diagonal.
+        rank_by: for methods that remove channels: ``price`` compares prices, as the paper does,
+            ``price_per_cost`` prices for each MAC or parameter saved. The latter is the default
+            where the budget is in one of these and the prices of different layers are in one unit
+            (not for ``slimming``, ``magnitude`` and ``random``).
         ignore: shell patterns over dotted paths of layers to leave alone.
+        seed: of the draws of ``random``.
 
     Raises:
         BudgetError: if the budget cannot be met; the message says what can.
         NothingToCompressError: if no layer would change although the budget asks for it.
         MismatchError: if the curvature is of another model.
+        EigenDamageError: if the curvature lacks what the method needs, or an option is unknown.
     """
-    check_options(budget, method=method, max_ratio=max_ratio, form=form)
+    variant = check_options(
+        budget,
+        method=method,
+        variant=variant,
+        max_ratio=max_ratio,
+        form=form,
+        damping=damping,
+        rank_by=rank_by,
+    )
     kind = eigenvalues or curvature.kind
     if kind == "ekfac" and curvature.kind == "kfac":
         raise EigenDamageError(
             "eigenvalues='ekfac' needs λ, but the curvature was estimated with eigenvalues='kfac'"
         )
+    known = method_named(method)
+    missing = [extra for extra in known.needs if extra not in curvature.extras]
+    if missing:
+        raise EigenDamageError(
+            f"method '{method}' needs {', '.join(missing)}, which the curvature has not; give "
+            f"also={known.needs!r} to estimate_curvature"
+        )
     layers = _matching(model, curvature)
-    total = Cost(curvature.macs, sum(p.numel() for p in model.parameters()))
-    kept = _kept_whole(curvature, ignore)
-    candidates = {
-        name: Candidate(
-            layer_prices(
-                layer.weight(),
-                curvature[name]
-                if kind == curvature.kind
-                else replace(curvature[name], eigenvalues=curvature[name].kfac_eigenvalues()),
-            ),
-            curvature[name].shape,
-            layer.cost(curvature[name].shape),
-        )
-        for name, layer in layers.items()
-        if name not in kept
-    }
-    if not candidates:
-        raise NothingToCompressError(
-            "every compressible layer is kept: "
-            + "; ".join(f"'{n}': {r}" for n, r in list(kept.items())[:6])
-        )
-    for name, candidate in candidates.items():
-        if not bool(torch.isfinite(candidate.prices.loss).all()):
-            raise NonFiniteError(
-                f"layer '{name}': its prices are not finite; the weight or the curvature holds NaN "
-                f"or overflows"
-            )
-    selection = GlobalThreshold(candidates, total, max_ratio, form).meet(budget)
+    task = Task(
+        model=model,
+        curvature=curvature,
+        layers=layers,
+        total=Cost(curvature.macs, sum(p.numel() for p in model.parameters())),
+        budget=budget,
+        max_ratio=max_ratio,
+        damping=damping,
+        ignored=_ignored(curvature, ignore),
+    )
+    match known:
+        case BlockMethod():
+            result = plan_blocks(task, "depthwise" if known.depthwise else form, kind)
+        case ChannelMethod():
+            rule = known.variants[variant or next(iter(known.variants))]
+            per = ranked_per(rule, budget, rank_by, method)
+            result = plan_channels(task, rule, per, torch.Generator().manual_seed(seed))
+        case WeightMethod():
+            result = plan_weights(task, known)
+    return _plan(task, method, variant, result)
 
+
+def _plan(task: Task, method: str, variant: str | None, result: Result) -> Plan:
     planned: dict[str, LayerPlan] = {}
-    saved = Cost(0.0, 0)
-    for name, layer in layers.items():
-        before = layer.cost(curvature[name].shape)
-        chosen = selection.choices.get(name)
-        after = before if chosen is None else chosen.cost
-        saved = saved + (before - after)
+    for name, layer in task.layers.items():
+        before = layer.cost(task.curvature[name].shape)
+        after = result.costs.get(name, before)
         planned[name] = LayerPlan(
-            action=Keep(reason=kept[name]) if chosen is None else chosen.action,
-            price=0.0 if chosen is None else chosen.price,
+            action=result.actions.get(name) or Keep(reason=result.kept[name]),
+            price=result.prices.get(name, 0.0),
             shape=(layer.outputs, layer.inputs, layer.offsets),
             macs=(before.macs, after.macs),
             parameters=(before.parameters, after.parameters),
         )
-    left = total - saved
-    changed = any(layer.changes for layer in planned.values())
-    notes = () if changed else (f"the budget ({budget}) asks for no change: the model stays as is",)
+    nothing = f"the budget ({task.budget}) asks for no change: the model stays as is"
     return Plan(
         method=method,
-        budget=budget,
-        ratio=selection.ratio,
+        variant=variant,
+        budget=task.budget,
+        ratio=result.ratio,
         layers=planned,
-        left_alone=dict(curvature.left_alone),
-        macs=(total.macs, left.macs),
-        parameters=(total.parameters, left.parameters),
-        notes=notes,
+        carriers=result.carriers,
+        left_alone={**task.curvature.left_alone, **result.left_alone},
+        macs=(task.total.macs, result.left.macs),
+        parameters=(task.total.parameters, result.left.parameters),
+        notes=result.notes if result.changes else (nothing,),
     )
 
 
-def check_options(budget: Budget, *, method: str, max_ratio: float, form: FormChoice) -> None:
-    """Refuse options that cannot be meant, before anything is computed.
+def check_options(
+    budget: Budget,
+    *,
+    method: str,
+    variant: str | None,
+    max_ratio: float,
+    form: FormChoice,
+    damping: float,
+    rank_by: RankBy | None,
+) -> str | None:
+    """Refuse options that cannot be meant, before anything is computed; return the variant meant.
 
     Raises:
         BudgetError: if the budget is no `Budget`.
-        EigenDamageError: if the method or form is unknown, or the cap out of range.
+        EigenDamageError: if the method, variant or form is unknown, or a number out of range.
     """
     if not isinstance(budget, Budget):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise BudgetError(f"the budget is {budget!r}; give eigendamage.Budget(macs=0.5), say")
-    if method not in METHODS:
-        raise EigenDamageError(f"method '{method}' is unknown; known are {', '.join(METHODS)}")
     if not isinstance(max_ratio, int | float) or not 0 < max_ratio < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
         raise EigenDamageError(f"max_ratio is {max_ratio!r}; it must be above 0 and below 1")
-    if form not in get_args(FormChoice):
-        known = ", ".join(get_args(FormChoice))
-        raise EigenDamageError(f"form '{form}' is unknown; known are {known}")
+    if not isinstance(damping, int | float) or not damping > 0:  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise EigenDamageError(f"damping is {damping!r}; it must be above 0")
+    for what, given, choices in (
+        ("form", form, get_args(FormChoice)),
+        ("rank_by", rank_by, (None, *get_args(RankBy))),
+    ):
+        if given not in choices:
+            known = ", ".join(str(choice) for choice in choices if choice is not None)
+            raise EigenDamageError(f"{what} '{given}' is unknown; known are {known}")
+    return variant_of(method, variant)
 
 
 def _matching(model: nn.Module, curvature: Curvature) -> dict[str, Layer]:
@@ -166,14 +210,16 @@ def _matching(model: nn.Module, curvature: Curvature) -> dict[str, Layer]:
     return layers
 
 
-def _kept_whole(curvature: Curvature, ignore: Iterable[str]) -> dict[str, str]:
-    kept = dict.fromkeys(curvature.classifier, "it is the classifier")
+def _ignored(curvature: Curvature, ignore: Iterable[str]) -> dict[str, str]:
+    """The modules with parameters, layers or not, that a pattern names."""
+    found: dict[str, str] = {}
+    known = [*curvature, *curvature.left_alone]
     for pattern in [ignore] if isinstance(ignore, str) else ignore:
-        hits = [n for n in curvature if fnmatchcase(n, pattern)]
-        if not hits and not any(fnmatchcase(n, pattern) for n in curvature.left_alone):
+        hits = [n for n in known if fnmatchcase(n, pattern)]
+        if not hits:
             raise EigenDamageError(
                 f"ignore pattern '{pattern}' matches no layer of the curvature; layers are: "
                 f"{', '.join(list(curvature)[:8])}, …"
             )
-        kept.update(dict.fromkeys(hits, f"left alone on request (pattern '{pattern}')"))
-    return kept
+        found.update(dict.fromkeys(hits, f"left alone on request (pattern '{pattern}')"))
+    return found

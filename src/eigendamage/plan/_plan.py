@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
+import math
+import zlib
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
+import numpy as np
+import torch
+from jaxtyping import Bool
 from pydantic import Field
+from torch import Tensor
 
+from eigendamage.errors import MismatchError
 from eigendamage.files import Document, Frozen
-from eigendamage.layers import Cost, Form
+from eigendamage.layers import Cost, DenseForm
 from eigendamage.plan._budget import Budget
 
 PLAN_VERSION = 1
+
+
+Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Repair = Literal["none", "rows", "columns", "both", "rows one at a time", "c-obs"]
+"""How the weights that stay make up for rows and columns that go.
+
+``rows``, ``columns``, ``both``: the exact optimum of the Kronecker-factored quadratic, over what is
+named. ``rows one at a time``: the sum of the optimal repairs of each row alone, as the paper's code
+does for Kron-OBS. ``c-obs``: the sum of those of each weight of the rows, as it does for C-OBS.
+"""
 
 
 class Keep(Frozen):
@@ -33,11 +52,85 @@ class EigenBlock(Frozen):
     kind: Literal["eigenblock"] = "eigenblock"
     rows: tuple[int, ...]
     columns: tuple[int, ...]
-    form: Form
+    form: DenseForm
 
 
-Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Action = Annotated[Keep | EigenBlock, Field(discriminator="kind")]
+class DepthwiseBlock(Frozen):
+    """Rows and columns that are kept in the eigenbasis, joined by a depthwise convolution.
+
+    Attributes:
+        rows: kept rows of W', as in `EigenBlock`.
+        columns: kept columns of W'.
+        rank: R, of the CP decomposition of the kept block; channels of the depthwise stage.
+    """
+
+    kind: Literal["depthwise"] = "depthwise"
+    rows: tuple[int, ...]
+    columns: tuple[int, ...]
+    rank: int = Field(ge=1)
+
+
+class Channels(Frozen):
+    """Output and input channels of a layer that are kept; the others go with their groups.
+
+    Attributes:
+        outputs: kept rows of W, ascending.
+        inputs: kept columns of W, ascending.
+        repair: how the weights that stay are changed to make up for those that go.
+        damping: of S and A in the repair, relative to their mean diagonal.
+    """
+
+    kind: Literal["channels"] = "channels"
+    outputs: tuple[int, ...]
+    inputs: tuple[int, ...]
+    repair: Repair
+    damping: Amount
+
+
+class Mask(Frozen):
+    """Single weights that are kept; the others become zero and stay where they are.
+
+    Attributes:
+        kept: one bit a weight in the order of (o, i, K), packed, deflated, in base 64.
+        repair: ``masked`` changes the weights that stay to make up for those that go.
+        damping: of S and A in the repair, relative to their mean diagonal.
+    """
+
+    kind: Literal["mask"] = "mask"
+    kept: str
+    repair: Literal["none", "masked"]
+    damping: Amount
+
+    @classmethod
+    def of(
+        cls, keep: Bool[Tensor, "o i K"], repair: Literal["none", "masked"], damping: float
+    ) -> Mask:
+        """The mask of a weight."""
+        bits = np.packbits(keep.cpu().numpy().ravel())
+        packed = base64.b64encode(zlib.compress(bits.tobytes())).decode("ascii")
+        return cls(kept=packed, repair=repair, damping=damping)
+
+    def keep(self, shape: tuple[int, int, int]) -> Bool[Tensor, "o i K"]:
+        """Which weights are kept.
+
+        Raises:
+            MismatchError: if the mask is of a weight of another size.
+        """
+        count = math.prod(shape)
+        size = (count + 7) // 8
+        try:
+            unpacked = zlib.decompressobj().decompress(base64.b64decode(self.kept), size + 1)
+        except (binascii.Error, zlib.error) as error:
+            raise MismatchError(f"the mask of a plan cannot be read: {error}") from error
+        if len(unpacked) != size:
+            raise MismatchError(f"the mask of a plan is not of {count} weights, as the layer has")
+        bits = np.unpackbits(np.frombuffer(unpacked, np.uint8), count=count)
+        return torch.from_numpy(bits.astype(bool)).reshape(shape)
+
+
+Action = Annotated[
+    Keep | EigenBlock | DepthwiseBlock | Channels | Mask, Field(discriminator="kind")
+]
 
 
 class LayerPlan(Frozen):
@@ -45,14 +138,15 @@ class LayerPlan(Frozen):
 
     Attributes:
         action: what is done.
-        price: expected rise of the mean loss per example (nats for cross-entropy).
+        price: expected rise of the mean loss per example (nats for cross-entropy); None where the
+            method's measure is not a rise of the loss.
         shape: (o, i, K) of the weight, to recognise the layer.
         macs: multiply-accumulates of one example before and after.
         parameters: parameters before and after.
     """
 
     action: Action
-    price: Amount
+    price: Amount | None
     shape: tuple[int, int, int]
     macs: tuple[Amount, Amount]
     parameters: tuple[int, int]
@@ -68,16 +162,30 @@ class LayerPlan(Frozen):
         return not isinstance(self.action, Keep)
 
 
+class CarrierPlan(Frozen):
+    """Which channels stay of a module that passes them on one by one: batch norm, say.
+
+    Attributes:
+        kept: indices, ascending.
+        channels: how many there are.
+    """
+
+    kept: tuple[int, ...]
+    channels: int
+
+
 class Plan(Document):
     """What is done to each layer, and what that is expected to cost and save.
 
     Attributes:
         version: of the file format.
         method: name of the method.
+        variant: which form of the method.
         budget: what was asked for.
         ratio: the fraction of units whose price the threshold reaches, where the method has one.
             Fewer go where a layer would not shrink, or one side would lose too many.
         layers: by dotted path, in the order in which they run.
+        carriers: modules between the layers that lose channels, by dotted path.
         left_alone: why other modules with parameters are not in the plan.
         macs: multiply-accumulates of one example in the whole model, before and after.
         parameters: parameters of the whole model, before and after.
@@ -86,18 +194,30 @@ class Plan(Document):
 
     version: Literal[1] = PLAN_VERSION
     method: str
+    variant: str | None = None
     budget: Budget
     ratio: float | None = None
     layers: Mapping[str, LayerPlan]
+    carriers: Mapping[str, CarrierPlan] = {}
     left_alone: Mapping[str, str]
     macs: tuple[Amount, Amount]
     parameters: tuple[int, int]
     notes: tuple[str, ...] = ()
 
     @property
-    def price(self) -> float:
-        """Expected rise of the mean loss per example, all layers together."""
-        return sum(layer.price for layer in self.layers.values())
+    def price(self) -> float | None:
+        """Expected rise of the mean loss per example, all layers together.
+
+        None where the method's measure is not a rise of the loss.
+        """
+        prices = [layer.price for layer in self.layers.values()]
+        known = [price for price in prices if price is not None]
+        return sum(known) if len(known) == len(prices) else None
+
+    @property
+    def title(self) -> str:
+        """The method, and its variant where it has several."""
+        return self.method if self.variant is None else f"{self.method} ({self.variant})"
 
     @property
     def changed(self) -> tuple[str, ...]:

@@ -1,5 +1,7 @@
 """What was expected and what was measured, as data and for a terminal."""
 
+from eigendamage.report._comparison import Comparison, Row, Settings
+from eigendamage.report._comparison_views import plot_comparison, print_comparison, ranked
 from eigendamage.report._report import (
     Calibration,
     Environment,
@@ -13,15 +15,21 @@ from eigendamage.report._terminal import count_of, number, percent, print_report
 
 __all__ = [
     "Calibration",
+    "Comparison",
     "Environment",
     "LayerReport",
     "Measured",
     "Report",
+    "Row",
+    "Settings",
     "calibration_by_layer",
     "count_of",
     "layer_reports",
     "number",
     "percent",
+    "plot_comparison",
+    "print_comparison",
     "print_report",
+    "ranked",
     "render",
 ]

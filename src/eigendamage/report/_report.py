@@ -11,9 +11,18 @@ import torch
 from eigendamage._version import __version__
 from eigendamage.curvature import CalibrationRow
 from eigendamage.files import Document, Frozen
-from eigendamage.layers import Form
+from eigendamage.layers import DenseForm
 from eigendamage.measure import Evaluation
-from eigendamage.plan import EigenBlock, Plan
+from eigendamage.plan import (
+    Action,
+    Channels,
+    DepthwiseBlock,
+    EigenBlock,
+    Keep,
+    Mask,
+    Plan,
+    Repair,
+)
 
 REPORT_VERSION = 1
 
@@ -48,14 +57,14 @@ class LayerReport(Frozen):
     Attributes:
         action: in words.
         ranks: kept rows and columns, where the layer was factored.
-        price: expected rise of the loss.
+        price: expected rise of the loss; None where the method's measure is none.
         macs: of one example, before and after.
         parameters: before and after.
     """
 
     action: str
     ranks: tuple[int, int] | None
-    price: float
+    price: float | None
     macs: tuple[float, float]
     parameters: tuple[int, int]
 
@@ -93,10 +102,18 @@ class Environment(Frozen):
         )
 
 
-_FORM_WORDS: dict[Form, str] = {
+_FORM_WORDS: dict[DenseForm, str] = {
     "three": "1×1, K, 1×1",
     "merge_in": "K, 1×1",
     "merge_out": "1×1, K",
+}
+_REPAIR_WORDS: dict[Repair, str] = {
+    "none": "",
+    "rows": ", filters repaired",
+    "columns": ", readers repaired",
+    "both": ", filters and readers repaired",
+    "rows one at a time": ", filters repaired one at a time",
+    "c-obs": ", weights repaired one at a time",
 }
 
 
@@ -112,7 +129,7 @@ class Report(Document):
         parameters: before and after, counted.
         examples: examples that the curvature is of.
         predicted: expected rise of the mean loss per example right after surgery, the sum of the
-            prices.
+            prices; None where the method's measure is no rise of the loss.
         measured_on: ``eval_data``, or ``data`` if the only data was that of the curvature.
         measured_examples: how many examples were measured on.
         original: the model as it was.
@@ -134,7 +151,7 @@ class Report(Document):
     macs: tuple[float, float]
     parameters: tuple[int, int]
     examples: int
-    predicted: float
+    predicted: float | None
     measured_on: Literal["eval_data", "data"]
     measured_examples: int
     original: Measured
@@ -166,24 +183,50 @@ class Report(Document):
 
 def layer_reports(plan: Plan) -> dict[str, LayerReport]:
     """The plan's layers, in words."""
-    found: dict[str, LayerReport] = {}
-    for name, layer in plan.layers.items():
-        action = layer.action
-        if isinstance(action, EigenBlock):
-            words, ranks = (
-                f"factored: {_FORM_WORDS[action.form]}",
-                (len(action.rows), len(action.columns)),
-            )
-        else:
-            words, ranks = f"kept: {action.reason}", None
-        found[name] = LayerReport(
-            action=words,
-            ranks=ranks,
+    return {
+        name: LayerReport(
+            action=_words(layer.action, layer.shape),
+            ranks=_ranks(layer.action),
             price=layer.price,
             macs=layer.macs,
             parameters=layer.parameters,
         )
-    return found
+        for name, layer in plan.layers.items()
+    }
+
+
+def _words(action: Action, shape: tuple[int, int, int]) -> str:
+    match action:
+        case Keep():
+            return f"kept: {action.reason}"
+        case EigenBlock():
+            return f"factored: {_FORM_WORDS[action.form]}"
+        case DepthwiseBlock():
+            return "factored: 1×1, K depthwise, 1×1"
+        case Channels():
+            sides = [
+                f"{len(kept)} of {size} {what}"
+                for kept, size, what in (
+                    (action.outputs, shape[0], "outputs"),
+                    (action.inputs, shape[1], "inputs"),
+                )
+                if len(kept) < size
+            ]
+            return f"channels: {', '.join(sides)}{_REPAIR_WORDS[action.repair]}"
+        case Mask():
+            zero = 1 - float(action.keep(shape).double().mean())
+            repaired = "" if action.repair == "none" else ", the others repaired"
+            return f"masked: {zero:.0%} of the weights are zero{repaired}"
+
+
+def _ranks(action: Action) -> tuple[int, int] | None:
+    match action:
+        case EigenBlock():
+            return len(action.rows), len(action.columns)
+        case DepthwiseBlock():
+            return action.rank, action.rank
+        case _:
+            return None
 
 
 def calibration_by_layer(rows: list[CalibrationRow]) -> dict[str, Calibration]:

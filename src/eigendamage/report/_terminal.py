@@ -96,7 +96,7 @@ def _layers(report: Report) -> Table:
             name or "(the model)",
             layer.action,
             "" if layer.ranks is None else f"{layer.ranks[0]}×{layer.ranks[1]}",
-            f"{layer.price:.1e}" if layer.price else "0",
+            "–" if layer.price is None else f"{layer.price:.1e}" if layer.price else "0",
             count_of(layer.macs[0]),
             f"{layer.macs[1] / layer.macs[0]:.0%}" if layer.macs[0] else "–",
             count_of(float(layer.parameters[0])),

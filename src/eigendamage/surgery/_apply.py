@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 from torch import nn
 
 from eigendamage.curvature import Curvature
-from eigendamage.errors import MismatchError
-from eigendamage.layers import Layer, find_layers
-from eigendamage.plan import EigenBlock, LayerPlan, Plan
-from eigendamage.surgery._factor import block_stages, factored_module
+from eigendamage.errors import EigenDamageError, MismatchError
+from eigendamage.layers import Layer, find_layers, sides, slice_channels
+from eigendamage.plan import (
+    CarrierPlan,
+    Channels,
+    DepthwiseBlock,
+    EigenBlock,
+    LayerPlan,
+    Mask,
+    Plan,
+)
+from eigendamage.surgery._channels import cut_channels
+from eigendamage.surgery._factor import factored_module, planned_stages
+from eigendamage.surgery._mask import mask_weights
 
 
 def apply_plan(model: nn.Module, plan: Plan, curvature: Curvature) -> nn.Module:
     """Build the smaller model that a plan describes. The input model is not touched.
 
-    Layers become factored ones (subclasses of ``nn.Sequential`` made of plain layers); everything
-    else is a deep copy. A layer of which everything is kept computes the same function.
+    Layers become factored ones (subclasses of ``nn.Sequential`` made of plain layers), lose
+    channels, or get masks (``torch.nn.utils.prune``); everything else is a deep copy. A layer of
+    which everything is kept computes the same function.
 
     Raises:
         MismatchError: if the plan names a layer that the model or the curvature has not, or that
@@ -26,15 +38,25 @@ def apply_plan(model: nn.Module, plan: Plan, curvature: Curvature) -> nn.Module:
     found = find_layers(model).compressible
     for name, layer_plan in plan.layers.items():
         _check(name, layer_plan, found.get(name), curvature)
+    for name, carrier in plan.carriers.items():
+        _check_carrier(model, name, carrier)
     # Replaced modules are built from the original: no need to copy their weights first.
-    replaced = {
-        id(found[name].module): factored_module(
-            found[name], block_stages(found[name].weight(), curvature[name], layer_plan.action)
-        )
-        for name, layer_plan in plan.layers.items()
-        if isinstance(layer_plan.action, EigenBlock)
-    }
-    return copy.deepcopy(model, memo=dict(replaced))
+    replaced: dict[int, nn.Module] = {}
+    for name, layer_plan in plan.layers.items():
+        action = layer_plan.action
+        if isinstance(action, EigenBlock | DepthwiseBlock):
+            stages = planned_stages(found[name].weight(), curvature[name], action)
+            replaced[id(found[name].module)] = factored_module(found[name], stages)
+    smaller = copy.deepcopy(model, memo=dict(replaced))
+    for name, layer_plan in plan.layers.items():
+        action = layer_plan.action
+        if isinstance(action, Channels):
+            cut_channels(smaller.get_submodule(name), found[name], curvature[name], action)
+        elif isinstance(action, Mask):
+            mask_weights(smaller.get_submodule(name), found[name], curvature[name], action)
+    for name, carrier in plan.carriers.items():
+        slice_channels(smaller.get_submodule(name), outputs=carrier.kept, name=name)
+    return smaller
 
 
 def _check(name: str, planned: LayerPlan, layer: Layer | None, curvature: Curvature) -> None:
@@ -54,13 +76,32 @@ def _check(name: str, planned: LayerPlan, layer: Layer | None, curvature: Curvat
             f"{tuple(curvature[name].eigenvalues.shape)}"
         )
     action = planned.action
-    if isinstance(action, EigenBlock):
-        for what, indices, size in (
-            ("rows", action.rows, layer.outputs),
-            ("columns", action.columns, layer.inputs),
-        ):
-            unique = set(indices)
-            if not indices or len(unique) != len(indices) or not unique <= set(range(size)):
-                raise MismatchError(
-                    f"layer '{name}': the {what} of the plan must be distinct indices below {size}"
-                )
+    if isinstance(action, EigenBlock | DepthwiseBlock):
+        _check_indices(name, "rows", action.rows, layer.outputs)
+        _check_indices(name, "columns", action.columns, layer.inputs)
+    elif isinstance(action, Channels):
+        _check_indices(name, "outputs", action.outputs, layer.outputs)
+        _check_indices(name, "inputs", action.inputs, layer.inputs)
+    elif isinstance(action, Mask):
+        action.keep(shape)
+
+
+def _check_carrier(model: nn.Module, name: str, planned: CarrierPlan) -> None:
+    try:
+        channels = sides(model.get_submodule(name), name=name).outputs
+    except (AttributeError, EigenDamageError) as error:
+        raise MismatchError(
+            f"the plan takes channels from '{name}', which the model has not, or not as a module "
+            f"that passes channels on"
+        ) from error
+    if channels != planned.channels:
+        raise MismatchError(f"'{name}' has {channels} channels, the plan is for {planned.channels}")
+    _check_indices(name, "channels", planned.kept, channels)
+
+
+def _check_indices(name: str, what: str, indices: Sequence[int], size: int) -> None:
+    unique = set(indices)
+    if not indices or len(unique) != len(indices) or not unique <= set(range(size)):
+        raise MismatchError(
+            f"layer '{name}': the {what} of the plan must be distinct indices below {size}"
+        )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import cast
 
 import torch
@@ -9,8 +11,21 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from eigendamage.curvature import LayerCurvature
+from eigendamage.errors import LayerError
 from eigendamage.layers import FactoredConv2d, FactoredLinear, Form, Layer, balance
-from eigendamage.plan import EigenBlock
+from eigendamage.plan import DepthwiseBlock, EigenBlock
+from eigendamage.plan.prices.eigendamage_dw import CP, layer_cp
+
+
+def planned_stages(
+    weight: Float[Tensor, "o i K"], curvature: LayerCurvature, action: EigenBlock | DepthwiseBlock
+) -> list[Tensor]:
+    """The weights of the stages that an action describes, first to last, in float64."""
+    if isinstance(action, EigenBlock):
+        return block_stages(weight, curvature, action)
+    cp = layer_cp(weight, curvature, action.rows, action.columns, action.rank)
+    Q_S, Q_A = curvature.Q_S, curvature.Q_A
+    return depthwise_stages(cp, Q_S, Q_A, action.rows, action.columns)
 
 
 def block_stages(
@@ -32,8 +47,43 @@ def block_stages(
     return balance(stages[action.form])
 
 
+def depthwise_stages(
+    cp: CP,
+    Q_S: Float[Tensor, "o o"],
+    Q_A: Float[Tensor, "i i"],
+    rows: Sequence[int],
+    columns: Sequence[int],
+) -> list[Tensor]:
+    """The stages of a depthwise separable layer, first to last, in float64, of equal norms.
+
+    The outer factors of the core are multiplied into the kept eigenvectors:
+    Vᵀ Q_A[:, columns]ᵀ of shape (R, i), S as the weight (R, 1, K) of a convolution with R groups,
+    and Q_S[:, rows] U of shape (o, R). Each of the R terms is balanced by itself, which changes
+    nothing of the product.
+    """
+    even = cp.balanced()
+    first = even.V.T @ Q_A.to(even.V)[:, list(columns)].T
+    last = Q_S.to(even.U)[:, list(rows)] @ even.U
+    return [first, even.S.unsqueeze(1), last]
+
+
 def factored_module(layer: Layer, stages: list[Tensor]) -> nn.Module:
-    """The stages as a factored module with the layer's bias, dtype, device and mode."""
+    """The stages as a factored module with the layer's bias, dtype, device and mode.
+
+    Stages are weights as torch has them, (outputs, inputs of one group) with the kernel offsets as
+    third axis where there is a kernel: one that reads fewer channels than the stage before returns
+    is a convolution with groups.
+
+    Raises:
+        LayerError: if a stage has groups, but the layer has no kernel.
+    """
+    grouped = any(after.shape[1] < before.shape[0] for before, after in pairwise(stages))
+    if grouped and layer.offsets == 1:
+        raise LayerError(
+            layer.name,
+            "it has no kernel, so a depthwise stage would only scale its channels; plan an "
+            "ordinary block for it",
+        )
     old = layer.module
     weight = layer.dense_weight()
     bias = layer.bias()
@@ -70,7 +120,8 @@ def _linear(stage: Tensor, bias: bool) -> nn.Linear:
 def _conv(layer: Layer, stages: list[Tensor], index: int, bias: bool) -> nn.Conv2d:
     assert layer.geometry is not None
     stage = stages[index]
-    outputs, inputs = stage.shape[:2]
+    inputs = stages[index - 1].shape[0] if index else layer.inputs
+    outputs, groups = stage.shape[0], inputs // stage.shape[1]
     source = layer.module.core if isinstance(layer.module, FactoredConv2d) else layer.module
     conv = cast(nn.Conv2d, source)
     if layer.geometry.is_pointwise:
@@ -85,6 +136,7 @@ def _conv(layer: Layer, stages: list[Tensor], index: int, bias: bool) -> nn.Conv
             stride=layer.geometry.stride,
             padding=conv.padding,  # pyright: ignore[reportArgumentType]
             dilation=layer.geometry.dilation,
+            groups=groups,
             padding_mode=conv.padding_mode,  # pyright: ignore[reportArgumentType]
             bias=bias,
             device="meta",

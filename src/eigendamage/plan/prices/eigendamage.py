@@ -7,8 +7,7 @@ one global threshold over the prices of all rows and columns decides.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -16,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from eigendamage.curvature import LayerCurvature
+from eigendamage.plan._threshold import kept_above
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,11 +24,14 @@ class UnitPrices:
 
     Attributes:
         loss: ½ w'² λ summed over kernel offsets, (o, i): what each entry of W' is worth.
+        ranks: (r_o, r_i), the last rows and columns that are there to be removed; W' is zero in
+            the others. (o, i) but for a factored layer.
         rows: the price of removing a row alone, (o,).
         columns: the price of removing a column alone, (i,).
     """
 
     loss: Float[Tensor, "o i"]
+    ranks: tuple[int, int]
 
     @cached_property
     def rows(self) -> Float[Tensor, " o"]:
@@ -39,6 +42,20 @@ class UnitPrices:
     def columns(self) -> Float[Tensor, " i"]:
         """½ Σ w'² λ over each column."""
         return self.loss.sum(0)
+
+    @property
+    def units(self) -> Float[Tensor, " units"]:
+        """The prices of all rows and columns that are there to be removed."""
+        return torch.cat([self.rows[-self.ranks[0] :], self.columns[-self.ranks[1] :]])
+
+    def kept(self, threshold: float, max_ratio: float) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The rows and columns that a threshold leaves; see `kept_above`."""
+        sides: list[tuple[int, ...]] = []
+        for prices, rank in zip((self.rows, self.columns), self.ranks, strict=True):
+            before = len(prices) - rank
+            stay = kept_above(prices[before:], threshold, max_ratio)
+            sides.append(tuple(before + at for at in stay))
+        return sides[0], sides[1]
 
     def of_block(self, rows: Tensor, columns: Tensor) -> float:
         """The price of keeping only these rows and columns: all that lies outside the block."""
@@ -61,36 +78,12 @@ def unit_prices(
 ) -> UnitPrices:
     """½ w'² λ for every entry of the rotated weight (paper, eq. 10, with the factor ½ kept)."""
     rotated = rotated_weight(weight, Q_S, Q_A)
-    return UnitPrices((0.5 * rotated.square() * eigenvalues.double()).sum(2))
+    loss = (0.5 * rotated.square() * eigenvalues.double()).sum(2)
+    return UnitPrices(loss, (loss.shape[0], loss.shape[1]))
 
 
 def layer_prices(weight: Float[Tensor, "o i K"], curvature: LayerCurvature) -> UnitPrices:
     """`unit_prices` of a layer, on the CPU."""
     c = curvature
-    return unit_prices(weight.cpu(), c.Q_S.cpu(), c.Q_A.cpu(), c.eigenvalues.cpu())
-
-
-def threshold_at(prices: Mapping[str, UnitPrices], ratio: float) -> float:
-    """The price that the cheapest ``ratio`` of all units do not exceed; below all of them at 0."""
-    every = torch.cat([torch.cat([p.rows, p.columns]) for p in prices.values()]).sort().values
-    if ratio <= 0:
-        return -1.0
-    return float(every[min(int(ratio * len(every)), len(every) - 1)])
-
-
-def kept_above(
-    price: Float[Tensor, " units"], threshold: float, max_ratio: float
-) -> tuple[int, ...]:
-    """Indices of the units of one side that stay: those above the threshold, and never too few.
-
-    Where more than ``max_ratio`` of them would go, the threshold becomes the price of unit number
-    ⌊``max_ratio`` · n⌋ of this side in ascending order: what is above it stays, so up to one unit
-    more than that fraction goes, as in the paper's code. At least one unit, the dearest, stays.
-    """
-    keep = price > threshold
-    if float((~keep).double().mean()) > max_ratio:
-        own = price.sort().values[min(int(max_ratio * len(price)), len(price) - 1)]
-        keep = price > own
-    if not bool(keep.any()):
-        keep[price.argmax()] = True
-    return tuple(int(k) for k in keep.nonzero().flatten())
+    prices = unit_prices(weight.cpu(), c.Q_S.cpu(), c.Q_A.cpu(), c.eigenvalues.cpu())
+    return replace(prices, ranks=c.ranks)
