@@ -2,6 +2,7 @@
 
 from eigendamage import zoo as zoo
 from eigendamage._version import __version__ as __version__
+from eigendamage.compare import compare as compare
 from eigendamage.compress import Compressed as Compressed
 from eigendamage.compress import compress as compress
 from eigendamage.curvature import CalibrationRow as CalibrationRow
@@ -26,14 +27,25 @@ from eigendamage.layers import FactoredLinear as FactoredLinear
 from eigendamage.layers import find_layers as find_layers
 from eigendamage.measure import count as count
 from eigendamage.measure import evaluate as evaluate
+from eigendamage.plan import METHODS as METHODS
 from eigendamage.plan import Budget as Budget
+from eigendamage.plan import Channels as Channels
+from eigendamage.plan import DepthwiseBlock as DepthwiseBlock
 from eigendamage.plan import EigenBlock as EigenBlock
 from eigendamage.plan import Keep as Keep
 from eigendamage.plan import LayerPlan as LayerPlan
+from eigendamage.plan import Mask as Mask
 from eigendamage.plan import Plan as Plan
 from eigendamage.plan import make_plan as make_plan
+from eigendamage.plan import needs as needs
+from eigendamage.report import Comparison as Comparison
 from eigendamage.report import Report as Report
+from eigendamage.report import plot_comparison as plot_comparison
+from eigendamage.report import print_comparison as print_comparison
 from eigendamage.report import print_report as print_report
+from eigendamage.rounds import Round as Round
+from eigendamage.rounds import Rounds as Rounds
+from eigendamage.rounds import compress_in_rounds as compress_in_rounds
 from eigendamage.surgery import apply_plan as apply_plan
 from eigendamage.surgery import recalibrate_batchnorm as recalibrate_batchnorm
 from eigendamage.training import FinetuneConfig as FinetuneConfig

@@ -7,6 +7,7 @@ import sys
 import typer
 
 from eigendamage._version import __version__
+from eigendamage.cli._compare import compare_command
 from eigendamage.cli._compress import compress_command
 from eigendamage.cli._demo import demo_command
 from eigendamage.errors import EigenDamageError
@@ -19,6 +20,7 @@ app = typer.Typer(
 )
 app.command("demo")(demo_command)
 app.command("compress")(compress_command)
+app.command("compare")(compare_command)
 
 
 def _show_version(wanted: bool) -> bool:

@@ -1,0 +1,150 @@
+"""compress_in_rounds: curvature, plan, surgery and fine-tuning, several times over."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from eigendamage.batches import Data
+from eigendamage.compress import Compressed, compress
+from eigendamage.curvature import Curvature, Fisher
+from eigendamage.errors import EigenDamageError
+from eigendamage.measure import Evaluation, evaluate
+from eigendamage.plan import Budget
+from eigendamage.training import FinetuneConfig, finetune
+
+
+@dataclass(frozen=True, eq=False)
+class Round:
+    """One round.
+
+    Attributes:
+        compressed: the model right after surgery (before training), its plan, the curvature it was
+            made by, and the report; all of them relative to the round before.
+        tuned: the model after fine-tuning, measured; None if it was not.
+    """
+
+    compressed: Compressed
+    tuned: Evaluation | None
+
+
+@dataclass(frozen=True, eq=False)
+class Rounds:
+    """What `compress_in_rounds` returns.
+
+    Attributes:
+        model: the smaller model, a plain module.
+        rounds: each round, in order.
+    """
+
+    model: nn.Module
+    rounds: tuple[Round, ...]
+
+
+def compress_in_rounds(
+    model: nn.Module,
+    data: Data,
+    *,
+    budget: Budget,
+    rounds: int,
+    train_data: Iterable[Any] | None = None,
+    finetuning: FinetuneConfig | None = None,
+    method: str = "eigendamage",
+    variant: str | None = None,
+    eval_data: Data | None = None,
+    curvature: Curvature | None = None,
+    fisher: Fisher = "mc",
+    max_ratio: float = 0.95,
+    ignore: Iterable[str] = (),
+    max_examples: int | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Rounds:
+    """Make a model smaller in several steps, with fresh curvature before and training after each.
+
+    EigenDamage's iterative form (Wang et al. 2019, section 4.3): the curvature of a factored layer
+    is taken at its outer input and output, within what its outer stages span, so that the new
+    eigenbasis merges with the old one and no layer ever has more than three stages. The model
+    given is not changed.
+
+    Args:
+        model: the trained network.
+        data: inputs for the curvature, as for `compress`.
+        budget: of the whole, relative to ``model``. MACs and parameters shrink by the same factor
+            in each round; a ratio is that of every round.
+        rounds: how many.
+        train_data: labelled batches of known length to fine-tune on after each round, split among
+            the rounds: each trains on its own share of the batches. None trains nothing.
+        finetuning: how; see `FinetuneConfig`. Its epochs are those of each share.
+        method: see `make_plan`; likewise ``variant`` and ``max_ratio``.
+        variant: the form of the method.
+        eval_data: held-out batches to measure on; nothing is chosen by it.
+        curvature: of ``model``, for the first round, if it was estimated before.
+        fisher: which labels the curvature takes.
+        max_ratio: the most of one side of a layer that may go in a round.
+        ignore: shell patterns over dotted paths of layers to leave alone.
+        max_examples: the most examples of ``data`` to use.
+        seed: of the label draws.
+        progress: whether to show progress.
+
+    Raises:
+        EigenDamageError: if there is no round; otherwise as `compress` and `finetune`.
+    """
+    if rounds < 1:
+        raise EigenDamageError(f"rounds is {rounds}; it must be at least 1")
+    shares = None if train_data is None else split_batches(train_data, rounds)
+    done: list[Round] = []
+    current = model
+    left = 1.0
+    for index in range(rounds):
+        goal = None if budget.unit is None else budget.limit ** ((index + 1) / rounds)
+        result = compress(
+            current,
+            data,
+            budget=budget if goal is None else _part(budget, min(1.0, goal / left)),
+            method=method,
+            variant=variant,
+            eval_data=eval_data,
+            curvature=curvature,
+            fisher=fisher,
+            max_ratio=max_ratio,
+            ignore=ignore,
+            max_examples=max_examples,
+            calibration_examples=0,
+            seed=seed + index,
+            progress=progress,
+        )
+        curvature = None
+        sizes = result.plan.parameters if budget.unit == "params" else result.plan.macs
+        left *= sizes[1] / sizes[0]
+        tuned = None
+        current = result.model
+        if shares is not None:
+            current = copy.deepcopy(current)
+            finetune(current, shares[index], finetuning, progress=progress)
+            measured_on = data if eval_data is None else eval_data
+            tuned = evaluate(current, measured_on, reference=model, progress=progress)
+        done.append(Round(result, tuned))
+    return Rounds(current, tuple(done))
+
+
+def _part(budget: Budget, fraction: float) -> Budget:
+    return Budget(macs=fraction) if budget.unit == "macs" else Budget(params=fraction)
+
+
+def split_batches(data: Iterable[Any], parts: int) -> list[list[Any]]:
+    """The batches of one pass over the data, dealt out in turn; every part gets one at least.
+
+    Raises:
+        EigenDamageError: if there are fewer batches than parts.
+    """
+    batches = list(data)
+    if len(batches) < parts:
+        raise EigenDamageError(
+            f"{len(batches)} batches of training data cannot be split among {parts} rounds"
+        )
+    return [batches[index::parts] for index in range(parts)]
