@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import eigendamage as ed
+from eigendamage.plan._plan import Repair
 from eigendamage.plan._repair import repaired
 from eigendamage.plan._views import LayerView
 from eigendamage.plan.prices import c_obd, c_obs, eigendamage, kron_obd, kron_obs, obd, obs
@@ -122,7 +123,7 @@ def remove_by_obs(layer: LayerView, fraction: float) -> Change:
     return Change(X, float(prices[gone].sum()))
 
 
-def without_filters(layer: LayerView, prices: Tensor, fraction: float, repair: str) -> Change:
+def without_filters(layer: LayerView, prices: Tensor, fraction: float, repair: Repair) -> Change:
     """The cheapest rows of W set to zero, the others repaired as the method says."""
     gone = cheapest(prices, fraction)
     kept = (~gone).nonzero().flatten().tolist()

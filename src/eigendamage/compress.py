@@ -149,6 +149,7 @@ def compress(
                 seed=seed,
                 progress=progress,
             )
+            ignored = ()
     elif curvature.loss != loss_name(loss):
         raise MismatchError(
             f"the curvature given is of the loss '{curvature.loss}', not of '{loss_name(loss)}'"

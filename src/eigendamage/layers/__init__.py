@@ -4,7 +4,7 @@ from eigendamage.layers._channel_graph import Carrier, ChannelGraph, ChannelGrou
 from eigendamage.layers._channels import find_channels
 from eigendamage.layers._cost import FORMS, Cost, DenseForm, Form, LayerShape
 from eigendamage.layers._factored import FactoredConv2d, FactoredLinear, balance
-from eigendamage.layers._find import Layer, Layers, find_layers
+from eigendamage.layers._find import ON_REQUEST, Layer, Layers, find_layers
 from eigendamage.layers._geometry import ConvGeometry
 from eigendamage.layers._slicing import (
     Kept,
@@ -20,6 +20,7 @@ from eigendamage.layers._trace import LayerTrace, Trace, evaluating, preserved_r
 
 __all__ = [
     "FORMS",
+    "ON_REQUEST",
     "Carrier",
     "ChannelGraph",
     "ChannelGroup",

@@ -20,6 +20,7 @@ from eigendamage.layers._factored import FactoredConv2d, FactoredLinear
 from eigendamage.layers._geometry import ConvGeometry
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+ON_REQUEST = "left alone on request"
 # Their forward may read the weights of these children directly instead of calling them.
 _READS_CHILDREN = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
@@ -161,7 +162,7 @@ def find_layers(model: nn.Module, *, ignore: Iterable[str] = ()) -> Layers:
         hits = [p for p in patterns if any(fnmatchcase(n, p) for n in names)]
         matched.update(hits)
         if hits:
-            left_alone[path] = f"left alone on request (pattern '{hits[0]}')"
+            left_alone[path] = f"{ON_REQUEST} (pattern '{hits[0]}')"
             continue
         reason = _why_not(path, module, owners, opaque)
         if reason is not None:

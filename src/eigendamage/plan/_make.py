@@ -11,7 +11,7 @@ from torch import nn
 
 from eigendamage.curvature import Curvature, EigenvalueKind
 from eigendamage.errors import BudgetError, EigenDamageError, MismatchError
-from eigendamage.layers import Cost, Layer, find_layers
+from eigendamage.layers import ON_REQUEST, Cost, Layer, find_layers
 from eigendamage.plan._blocks import FormChoice, plan_blocks
 from eigendamage.plan._budget import Budget
 from eigendamage.plan._channels import RankBy, plan_channels, ranked_per
@@ -211,8 +211,8 @@ def _matching(model: nn.Module, curvature: Curvature) -> dict[str, Layer]:
 
 
 def _ignored(curvature: Curvature, ignore: Iterable[str]) -> dict[str, str]:
-    """The modules with parameters, layers or not, that a pattern names."""
-    found: dict[str, str] = {}
+    """The modules with parameters, layers or not, that a pattern names, here or in the estimate."""
+    found = {n: why for n, why in curvature.left_alone.items() if why.startswith(ON_REQUEST)}
     known = [*curvature, *curvature.left_alone]
     for pattern in [ignore] if isinstance(ignore, str) else ignore:
         hits = [n for n in known if fnmatchcase(n, pattern)]
@@ -221,5 +221,5 @@ def _ignored(curvature: Curvature, ignore: Iterable[str]) -> dict[str, str]:
                 f"ignore pattern '{pattern}' matches no layer of the curvature; layers are: "
                 f"{', '.join(list(curvature)[:8])}, …"
             )
-        found.update(dict.fromkeys(hits, f"left alone on request (pattern '{pattern}')"))
+        found.update(dict.fromkeys(hits, f"{ON_REQUEST} (pattern '{pattern}')"))
     return found

@@ -115,16 +115,15 @@ class _Elimination:
 
     def __init__(self, reader: Reader) -> None:
         self._weight = reader.W.double().clone()
+        self._moved = reader.S.double() @ self._weight
         self._inverse = reader.A_inverse.double().clone()
-        self._S = reader.S.double()
         self._groups = torch.tensor([list(g) for g in reader.groups], device=reader.W.device)
 
     def prices(self, channels: Sequence[int]) -> Float[Tensor, " channels"]:
         """½ tr S V_g (P_gg)⁻¹ V_gᵀ for each of these channels."""
         g = self._groups[list(channels)]
         blocks = torch.linalg.cholesky(self._inverse[g[:, :, None], g[:, None, :]])
-        V = self._weight[:, g].transpose(0, 1)
-        worth = V.transpose(1, 2) @ (self._S @ V)
+        worth = torch.einsum("ogk,ogl->gkl", self._weight[:, g], self._moved[:, g])
         solved = torch.cholesky_solve(worth, blocks)
         return 0.5 * solved.diagonal(dim1=1, dim2=2).sum(1)
 
@@ -133,6 +132,7 @@ class _Elimination:
         g = self._groups[channel]
         taken = torch.linalg.solve(self._inverse[g][:, g], self._inverse[g])
         self._weight -= self._weight[:, g] @ taken
+        self._moved -= self._moved[:, g] @ taken
         self._inverse -= self._inverse[:, g] @ taken
 
 

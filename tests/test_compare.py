@@ -1,0 +1,171 @@
+"""Comparisons: equal budgets, one curvature, resumable, drawn and printed."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+import eigendamage as ed
+from eigendamage.compare import ALL, Competitor
+from eigendamage.plan import METHODS
+from eigendamage.report import Comparison, Row, ranked
+from tests.test_rounds import batches, network
+
+FEW = ("kron-obs", "random", "obd", "eigendamage@2")
+
+
+def run(out: Path | None = None, **options: object) -> Comparison:
+    data = batches()
+    chosen = {"methods": FEW, "budgets": (0.6,), "seed": 0, "progress": False, **options}
+    return ed.compare(network(), data, eval_data=data, out=out, **chosen)
+
+
+def test_rows_meet_their_budgets_and_measure_what_compress_measures() -> None:
+    result = run(budgets=(0.7, 0.5))
+    assert [(r.method, r.budget) for r in result.rows] == [(m, b) for b in (0.7, 0.5) for m in FEW]
+    for row in result.rows:
+        assert row.refused is None
+        assert row.masks == (row.method == "obd")
+        assert (row.macs or 0) <= (1 if row.masks else row.budget) + 1e-9
+        assert (row.predicted is None) == (row.method in ("random", "eigendamage@2"))
+    masked = result.find("obd", 0.5)
+    assert masked is not None
+    assert masked.macs == 1
+    assert masked.parameters == pytest.approx(0.5, abs=0.05)
+    data = batches()
+    alone = ed.compress(
+        network(), data, budget=ed.Budget(macs=0.5), method="kron-obs", progress=False
+    )
+    row = result.find("kron-obs", 0.5)
+    assert row is not None
+    assert row.surgery == alone.report.compressed
+    assert row.predicted == pytest.approx(alone.report.predicted)
+
+
+def test_training_is_the_same_for_all_and_measured_apart() -> None:
+    result = run(methods=("random", "eigendamage@2"), train_data=batches, epochs=2)
+    again = run(methods=("random", "eigendamage@2"), train_data=batches, epochs=2)
+    assert result.settings.train_batches == 4
+    for row, same in zip(result.rows, again.rows, strict=True):
+        assert row.tuned is not None
+        assert row.tuned == same.tuned
+        assert row.tuned != row.surgery
+
+
+def test_a_second_run_does_only_what_is_missing(tmp_path: Path) -> None:
+    done: list[Row] = []
+    first = run(tmp_path, methods=FEW[:2], on_row=done.append)
+    assert len(done) == 2
+    second = run(tmp_path, methods=FEW[:3], on_row=done.append)
+    assert [row.method for row in done] == list(FEW[:3])
+    assert second.rows[:2] == first.rows
+    assert Comparison.load(tmp_path / "comparison.json") == second
+    assert [p.name for p in tmp_path.iterdir()] == ["comparison.json"]
+
+
+def test_an_interrupted_run_goes_on_to_the_same_result(tmp_path: Path) -> None:
+    def interrupt(_row: Row) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, on_row=interrupt)
+    resumed, whole = run(tmp_path), run()
+    strip = {"seconds": {}}
+    assert [r.model_copy(update=strip) for r in resumed.rows] == [
+        r.model_copy(update=strip) for r in whole.rows
+    ]
+
+
+def test_another_setting_is_not_mixed_in(tmp_path: Path) -> None:
+    run(tmp_path, methods=("random",))
+    with pytest.raises(ed.MismatchError, match="with seed 0, now it is 1"):
+        run(tmp_path, methods=("random",), seed=1)
+    other = network()
+    with torch.no_grad():
+        other[0].weight.add_(1)
+    with pytest.raises(ed.MismatchError, match="with weights"):
+        ed.compare(
+            other,
+            batches(),
+            eval_data=batches(),
+            methods=("random",),
+            budgets=(0.6,),
+            out=tmp_path,
+            progress=False,
+        )
+
+
+def test_a_method_that_cannot_is_a_row_that_says_so() -> None:
+    result = run(methods=("slimming", "random"), budgets=(0.01, 0.6))
+    refused = result.find("random", 0.01)
+    assert refused is not None
+    assert "cannot be met" in (refused.refused or "")
+    assert result.find("random", 0.6).refused is None
+    assert [r.method for r in ranked(result, 0.01)] == ["slimming", "random"]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"methods": ("magic",)}, "method 'magic' is unknown; known are eigendamage"),
+        ({"methods": ("kron-obs:magic",)}, "its variants are readers"),
+        ({"methods": ("a b",)}, "the form is METHOD"),
+        ({"methods": ("random@0",)}, "asks for 0 rounds"),
+        ({"methods": ()}, "at least one method"),
+        ({"budgets": (1.5,)}, "macs is 1.5"),
+        ({"epochs": -1}, "epochs is -1"),
+        ({"epochs": 1}, "there is no train_data"),
+    ],
+)
+def test_bad_options_are_refused_before_anything_runs(
+    options: dict[str, object], said: str
+) -> None:
+    with pytest.raises(ed.EigenDamageError, match=said):
+        run(**options)
+
+
+def test_every_method_can_be_named() -> None:
+    assert set(METHODS) <= set(ALL)
+    for name in ALL:
+        one = Competitor.of(name)
+        assert one.method in METHODS
+    assert Competitor.of("kron-obs:paper@3") == Competitor(
+        "kron-obs:paper@3", "kron-obs", "paper", 3
+    )
+
+
+def test_the_table_and_the_plot(tmp_path: Path) -> None:
+    result = run(budgets=(0.7, 0.5))
+    console = Console(width=100, record=True, file=io.StringIO())
+    ed.print_comparison(result, console)
+    said = console.export_text()
+    assert said.count("kron-obs") == 2
+    assert "70% of the MACs" in said
+    best = min(
+        (r for r in result.rows if r.budget == 0.5 and not r.masks), key=lambda r: r.final.loss
+    )
+    assert ranked(result, 0.5)[0] == best
+    assert ranked(result, 0.5)[-1].method == "obd"
+    ed.plot_comparison(result, tmp_path / "p.png")
+    with Image.open(tmp_path / "p.png") as picture:
+        assert picture.size[0] > 600
+        colors = {color for _, color in picture.convert("RGB").getcolors(2**24)}
+        assert len([c for c in colors if max(c) - min(c) > 100]) > 2, "a line a method, coloured"
+    ed.plot_comparison(result, tmp_path / "p.svg")
+    assert "<svg" in (tmp_path / "p.svg").read_text(encoding="utf-8")
+
+
+def test_the_document_round_trips_and_refuses_nonsense(tmp_path: Path) -> None:
+    result = run(tmp_path, methods=("random",))
+    raw = json.loads((tmp_path / "comparison.json").read_text())
+    raw["rows"][0]["macs"] = "much"
+    (tmp_path / "comparison.json").write_text(json.dumps(raw))
+    with pytest.raises(ed.FileFormatError, match=r"rows\.0\.macs"):
+        Comparison.load(tmp_path / "comparison.json")
+    assert result.settings.model == "Sequential"
