@@ -203,3 +203,52 @@ def test_a_module_under_two_names_and_an_output_that_is_a_file(
     (tmp_path / "file").write_text("")
     refused = runner.invoke(app, [*arguments, "--out", "file"])
     assert isinstance(refused.exception, NotADirectoryError)
+
+
+def test_compare_writes_a_table_a_plot_and_json_and_goes_on(images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "compared"
+    few = ["--data", str(images), "--out", str(out), "--batch-size", "32", "--budgets", "0.6"]
+    few += ["--train-examples", "64"]
+    first = runner.invoke(app, ["compare", "--methods", "magnitude", *few])
+    assert first.exit_code == 0, first.output
+    assert "60% of the MACs" in first.output
+    assert (out / "comparison.png").stat().st_size > 10_000
+    second = runner.invoke(app, ["compare", "--methods", "magnitude,random,obd", "--json", *few])
+    assert second.exit_code == 0, second.output
+    comparison = ed.Comparison.load(out / "comparison.json")
+    assert [row.method for row in comparison.rows] == ["magnitude", "random", "obd"]
+    assert comparison == ed.Comparison.model_validate_json(second.stdout)
+    assert comparison.settings.train_batches == 2
+    assert comparison.settings.measured_examples == 40
+    assert all(row.tuned is not None and row.tuned.accuracy is not None for row in comparison.rows)
+
+
+def test_compare_refuses_what_it_does_not_know(images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "compared"
+    options = ["compare", "--data", str(images), "--out", str(out)]
+    done = _run(*options, "--methods", "magic")
+    assert done.returncode == 1
+    assert "method 'magic' is unknown" in done.stderr
+    assert not out.exists()
+    assert runner.invoke(app, [*options, "--budgets", "half"]).exit_code == 2
+    outside = _run(*options, "--methods", "random", "--budgets", "2")
+    assert outside.returncode == 1
+    assert "macs is 2.0" in outside.stderr
+
+
+@pytest.mark.parametrize("method", ["kron-obs", "obd"])
+def test_compress_by_another_method(method: str, images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "small"
+    budget = ["--ratio", "0.5"] if method == "obd" else ["--macs", "0.6"]
+    arguments = [*_COMPRESS, "--method", method, *budget, "--data", str(images), "--out", str(out)]
+    done = runner.invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    assert ("neither smaller nor faster" in " ".join(done.output.split())) == (method == "obd")
+    plan = ed.Plan.load(out / "plan.json")
+    rebuilt = ed.apply_plan(
+        zoo.demo_network(), plan, ed.load_curvature(out / "curvature.safetensors")
+    )
+    saved = load_file(out / "model.safetensors")
+    assert {n: t.shape for n, t in rebuilt.state_dict().items()} == {
+        n: t.shape for n, t in saved.items()
+    }

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
+from eigendamage import zoo
 from eigendamage.batches import Batch, as_batch, call
 from eigendamage.errors import DataError, EigenDamageError
 from eigendamage.layers import (
@@ -599,3 +600,12 @@ def test_a_graph_that_hangs_is_cut_and_does_not_run_on(monkeypatch: pytest.Monke
     before = turns
     time.sleep(0.05)
     assert turns == before
+
+
+def test_channels_that_are_padded_on_the_way_are_left_alone() -> None:
+    """The paper's CIFAR networks pad the channels of a shortcut with zeros, without a layer."""
+    model = zoo.resnet20().double().eval()
+    graph = find_channels(model, _batch(torch.randn(2, 3, 16, 16, dtype=torch.float64)))
+    inner = {f"layer{s}.{b}.conv1" for s in (1, 2, 3) for b in (0, 1, 2)}
+    assert set(graph.groups) == inner
+    assert "could not be followed to" in graph.left_alone["conv1"]

@@ -13,7 +13,7 @@ from eigendamage.cli._sources import load_data, load_model
 from eigendamage.compress import Compressed, compress
 from eigendamage.curvature import EigenvalueKind, Fisher, save_curvature
 from eigendamage.files import written_beside
-from eigendamage.plan import Budget
+from eigendamage.plan import METHODS, Budget
 from eigendamage.report import print_report
 
 
@@ -28,7 +28,10 @@ def compress_command(
     macs: float | None = typer.Option(None, help="Fraction of the multiply-accumulates to leave."),
     params: float | None = typer.Option(None, help="Fraction of the parameters to leave."),
     ratio: float | None = typer.Option(None, help="Fraction of all rows and columns to remove."),
-    method: str = typer.Option("eigendamage", help="How to choose what goes."),
+    method: str = typer.Option(
+        "eigendamage", help="How to choose what goes: " + ", ".join(METHODS) + "."
+    ),
+    variant: str | None = typer.Option(None, help="Form of the method, where it has several."),
     fisher: Fisher = typer.Option("mc", help="Labels of the curvature."),
     eigenvalues: EigenvalueKind = typer.Option(
         "ekfac", help="Price by λ, or by K-FAC's products (as the paper)."
@@ -64,6 +67,7 @@ def compress_command(
         images.data,
         budget=budget,
         method=method,
+        variant=variant,
         eval_data=images.eval_data,
         fisher=fisher,
         eigenvalues=eigenvalues,

@@ -19,7 +19,7 @@ from eigendamage.layers._dependencies import Coupling, Place, find_couplings
 from eigendamage.layers._factored import FactoredConv2d, FactoredLinear
 from eigendamage.layers._find import find_layers
 from eigendamage.layers._proof import proven
-from eigendamage.layers._slicing import Norm, is_depthwise
+from eigendamage.layers._slicing import Norm, is_depthwise, sides
 from eigendamage.layers._trace import preserved_random_state
 
 _EXAMPLES = 2
@@ -159,7 +159,7 @@ def _sorted_out(
     groups: dict[str, ChannelGroup] = {}
     left_alone: dict[str, str] = {}
     for coupling in couplings:
-        reason = _refusal(modules.keys(), coupling, stages, reasons)
+        reason = _refusal(modules.keys(), coupling, stages, reasons) or _misfit(modules, coupling)
         if reason is not None:
             left_alone.setdefault(coupling.root, reason)
             continue
@@ -218,6 +218,22 @@ def _refusal(
         return "they are an output of the model, whose shape would change"
     if not coupling.traceable:
         return "heads that are read several times lie between its channels and others"
+    return None
+
+
+def _misfit(modules: Mapping[str, nn.Module], coupling: Coupling) -> str | None:
+    """Whether a place has not the channels that it is said to have: they were padded on the way."""
+    for place, units in coupling.places.items():
+        module = modules[place.path]
+        if _role(module, place) is None:
+            continue
+        have = sides(module, name=place.path)
+        size = have.inputs if place.side == "in" else have.outputs
+        if any(not 0 <= channel < size for unit in units for channel in unit):
+            return (
+                f"they could not be followed to '{place.path}', which has {size} channels; "
+                f"something without a layer of its own, such as padding, changes their number"
+            )
     return None
 
 
