@@ -29,7 +29,7 @@ demo: $(VENV)/.run
 	$(BIN)/eigendamage demo
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 check: $(VENV)/.dev $(VENV)/.docs
 	$(BIN)/ruff format --check .
@@ -37,7 +37,7 @@ check: $(VENV)/.dev $(VENV)/.docs
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 	$(BIN)/python -m mkdocs build --strict --quiet --site-dir $(VENV)/site
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 docs: $(VENV)/.docs
 	$(BIN)/python -m mkdocs build --strict --site-dir site

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import re
 import statistics
 import sys
@@ -224,6 +225,92 @@ def resnet20_cifar10(results: Mapping[str, Any]) -> str:
     )
 
 
+def compare(results: Mapping[str, Any]) -> str:
+    """A table for each budget of a comparison: one row a method, best at the end first."""
+    settings, parts = results["settings"], []
+    stages = {"surgery": "right after", "recalibrated": "BN anew"}
+    if settings["epochs"]:
+        stages["tuned"] = "trained"
+    original = results["original"]
+    as_it_is = ["as it is", "100.0 %", "100.0 %", "–", *measured_cells(original)]
+    as_it_is += ["–"] * 2 * (len(stages) - 1)
+    header = ["method", "MACs", "parameters", "predicted rise"]
+    header += [cell for stage in stages.values() for cell in (f"accuracy {stage}", "loss")]
+    for budget in sorted({row["budget"] for row in results["rows"]}, reverse=True):
+        rows = [as_it_is]
+        for row in ranked([row for row in results["rows"] if row["budget"] == budget]):
+            name = f"`{row['method']}`" + (" †" if row["masks"] else "")
+            if row["refused"] is not None:
+                rows.append([name, "refused", *["–"] * (len(header) - 2)])
+                continue
+            sizes = [percent(row["macs"]), percent(row["parameters"]), short(row["predicted"])]
+            cells = [cell for stage in stages for cell in measured_cells(row[stage])]
+            rows.append([name, *sizes, *cells])
+        unit = "MACs" if settings["unit"] == "macs" else "parameters"
+        parts += [f"**At most {percent(budget)} of the {unit}**", table(header, rows)]
+    if any(row["masks"] for row in results["rows"]):
+        parts.append(
+            "† Masks leave that fraction of the single weights. The others are zero and stay in "
+            "place: nothing is saved, so these rows are not in the running."
+        )
+    parts += [
+        f"`{row['method']}` was refused at {percent(row['budget'])}: {row['refused']}."
+        for row in results["rows"]
+        if row["refused"] is not None
+    ]
+    return "\n\n".join([*parts, compare_source(results)])
+
+
+def compare_source(results: Mapping[str, Any]) -> str:
+    """What a comparison's numbers were measured with, and how far they can be trusted."""
+    settings, here = results["settings"], results["environment"]
+    tested, accuracy = settings["measured_examples"], results["original"]["accuracy"]
+    images = settings["max_examples"]
+    epochs = settings["epochs"]
+    training = (
+        f"{epochs} epoch{'s' * (epochs != 1)} of {settings['train_batches']} batches, peak "
+        f"learning rate {settings['learning_rate']:g}"
+        if epochs
+        else "no training"
+    )
+    doubt = (
+        ""
+        if accuracy is None
+        else (
+            f"; an accuracy near {percent(accuracy)} has a standard error of "
+            f"{100 * (accuracy * (1 - accuracy) / tested) ** 0.5:.1f} points"
+        )
+    )
+    return (
+        f"`{results['command']}`. A single run, with seed {settings['seed']}. Measured on "
+        f"{tested:,} examples, {settings['measured_on']}{doubt}. One curvature for all (rounds "
+        f"after the first take their own), of {'all' if images is None else f'at most {images:,}'} "
+        f"examples; "
+        f"{training}. eigendamage {here['eigendamage']}, torch {here['torch']}, "
+        f"{here['platform']}, {here['device']}, {here['threads']} "
+        f"thread{'s' * (here['threads'] != 1)}."
+    )
+
+
+def measured_cells(measured: Mapping[str, float] | None) -> list[str]:
+    """Accuracy and loss of one model."""
+    if measured is None:
+        return ["–", "–"]
+    return [percent(measured["accuracy"]), short(measured["loss"])]
+
+
+def ranked(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Lowest loss at the end first (divergence where there are no labels), masks, refusals."""
+
+    def key(row: Mapping[str, Any]) -> tuple[bool, bool, float]:
+        final = row["tuned"] or row["recalibrated"] or row["surgery"] or {}
+        values = (final.get(name) for name in ("loss", "divergence"))
+        worth = next((value for value in values if value is not None), math.inf)
+        return row["refused"] is not None, row["masks"], worth
+
+    return sorted(rows, key=key)
+
+
 def words_of(item: object) -> str:
     """A record of a machine or of versions as one phrase."""
     if isinstance(item, Mapping):
@@ -240,6 +327,7 @@ TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "calibration": ("demo.json", calibration),
     "curvature-cost": ("curvature_cost.json", curvature_cost),
     "resnet20-cifar10": ("resnet20_cifar10.json", resnet20_cifar10),
+    "compare": ("compare.json", compare),
 }
 """The result file and the renderer of each table; ``demo-picture`` is the one more there is."""
 

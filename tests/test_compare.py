@@ -13,6 +13,7 @@ from rich.console import Console
 
 import eigendamage as ed
 from eigendamage.compare import ALL, Competitor
+from eigendamage.layers import _dependencies
 from eigendamage.plan import METHODS
 from eigendamage.report import Comparison, Row, ranked
 from tests.test_rounds import batches, network
@@ -108,6 +109,20 @@ def test_a_method_that_cannot_is_a_row_that_says_so() -> None:
     assert "cannot be met" in (refused.refused or "")
     assert result.find("random", 0.6).refused is None
     assert [r.method for r in ranked(result, 0.01)] == ["slimming", "random"]
+
+
+def test_a_model_whose_channels_cannot_be_traced_is_compared_by_the_rest(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def crash(*_: object) -> None:
+        raise ZeroDivisionError("by zero")
+
+    monkeypatch.setattr(_dependencies, "_build", crash)
+    result = run(methods=("kron-obs", "eigendamage", "obd"))
+    channels, blocks, masks = result.rows
+    assert "cannot tell which channels of Sequential go together" in (channels.refused or "")
+    assert blocks.refused is None
+    assert masks.refused is None
 
 
 @pytest.mark.parametrize(

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import shutil
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
+import torch
 
 import eigendamage as ed
+from eigendamage.report import Environment, Measured, Row, Settings
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLES = ROOT / "benchmarks" / "tables.py"
@@ -30,6 +35,62 @@ def check(root: Path) -> subprocess.CompletedProcess[str]:
 
 def python_blocks(page: Path) -> list[str]:
     return re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+
+
+def tables_module() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("tables", TABLES)
+    assert spec is not None
+    assert spec.loader is not None
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    return tables
+
+
+def comparison(*, epochs: int = 1) -> dict[str, Any]:
+    """A made-up comparison, in the form in which it is written."""
+
+    def row(method: str, budget: float, loss: float, *, masks: bool = False) -> Row:
+        measured = Measured(loss=loss, accuracy=1 - loss, divergence=0.0)
+        cut = Measured(loss=loss + 1, accuracy=0.1, divergence=1.0)
+        return Row(
+            method=method,
+            budget=budget,
+            macs=1.0 if masks else budget,
+            parameters=budget,
+            predicted=None if method == "random" else 0.25,
+            surgery=cut,
+            recalibrated=cut if epochs else measured,
+            tuned=measured if epochs else None,
+            masks=masks,
+        )
+
+    document = ed.Comparison(
+        command="eigendamage compare",
+        settings=Settings(
+            model="Network",
+            weights="0",
+            unit="macs",
+            max_examples=300,
+            train_batches=4,
+            epochs=epochs,
+            learning_rate=0.02,
+            measured_on="held-out images",
+            measured_examples=400,
+            fisher="mc",
+            seed=3,
+        ),
+        original=Measured(loss=0.1, accuracy=0.9),
+        rows=(
+            row("random", 0.5, 0.9),
+            row("obd", 0.5, 0.11, masks=True),
+            row("kron-obs", 0.5, 0.3),
+            Row(method="slimming", budget=0.5, refused="there is no batch norm"),
+            row("eigendamage@3", 0.5, 0.2),
+            row("kron-obs", 0.8, 0.2),
+        ),
+        environment=Environment.here(torch.device("cpu"), 3),
+    )
+    return json.loads(document.model_dump_json())
 
 
 @pytest.fixture
@@ -71,14 +132,72 @@ def test_a_table_that_is_unknown_or_not_closed_is_refused(copy: Path, spoiled: s
 
 
 def test_every_table_has_a_place():
-    spec = importlib.util.spec_from_file_location("tables", TABLES)
-    assert spec is not None
-    assert spec.loader is not None
-    tables = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tables)
+    tables = tables_module()
     text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
     for name in (*tables.TABLES, "demo-picture"):
         assert f"<!-- table:{name} -->" in text
+
+
+@pytest.mark.parametrize("epochs", [0, 1])
+def test_a_comparison_is_ranked_by_the_loss_at_the_end(epochs: int):
+    text = tables_module().compare(comparison(epochs=epochs))
+    mild, hard = text.split("**At most 50.0 % of the MACs**")
+    assert "At most 80.0 %" in mild
+    rows = [line.strip("| ").split(" | ") for line in hard.splitlines() if line.startswith("|")]
+    header, _, base, *methods = rows
+    assert [row[0] for row in methods] == [
+        "`eigendamage@3`",
+        "`kron-obs`",
+        "`random`",
+        "`obd` †",
+        "`slimming`",
+    ]
+    assert {len(row) for row in rows} == {8 + 2 * epochs}
+    assert header[-1] == "loss"
+    assert base[:6] == ["as it is", "100.0 %", "100.0 %", "–", "90.0 %", "0.1"]
+    of = {row[0]: row for row in methods}
+    assert of["`kron-obs`"][1:6] == ["50.0 %", "50.0 %", "0.25", "10.0 %", "1.3"]
+    assert of["`kron-obs`"][-2:] == ["70.0 %", "0.3"]
+    assert of["`random`"][3] == "–"
+    assert of["`obd` †"][1] == "100.0 %"
+    assert of["`slimming`"][1] == "refused"
+
+
+def test_a_comparison_says_what_it_was_made_with_and_what_masks_and_refusals_mean():
+    results = comparison()
+    text = tables_module().compare(results)
+    for said in (
+        "† Masks leave",
+        "nothing is saved",
+        "`slimming` was refused at 50.0 %: there is no batch norm.",
+        "`eigendamage compare`. A single run, with seed 3.",
+        "400 examples, held-out images",
+        "standard error of 1.5 points",  # √(0.9 · 0.1 / 400)
+        "at most 300 examples",
+        "1 epoch of 4 batches",
+        results["environment"]["platform"],
+    ):
+        assert said in text
+    results["rows"] = [row for row in results["rows"] if row["method"] == "kron-obs"]
+    plain = tables_module().compare(results)
+    assert "†" not in plain
+    assert "refused" not in plain
+
+
+def test_a_table_without_its_result_says_so(copy: Path):
+    file = copy / "benchmarks" / "results" / "compare.json"
+    file.unlink(missing_ok=True)
+    assert (
+        subprocess.run([sys.executable, str(TABLES), "--root", str(copy)], check=False).returncode
+        == 0
+    )
+    readme = (copy / "README.md").read_text(encoding="utf-8")
+    assert "<!-- table:compare -->\n\n*Not measured yet.*" in readme
+    file.write_text(json.dumps(comparison()), encoding="utf-8")
+    assert check(copy).returncode == 1
+    subprocess.run([sys.executable, str(TABLES), "--root", str(copy)], check=True)
+    assert "`eigendamage@3`" in (copy / "README.md").read_text(encoding="utf-8")
+    assert check(copy).returncode == 0
 
 
 def test_examples_of_the_readme_run(

@@ -13,6 +13,7 @@ from eigendamage.curvature import estimate_curvature as estimate_curvature
 from eigendamage.curvature import load_curvature as load_curvature
 from eigendamage.curvature import save_curvature as save_curvature
 from eigendamage.errors import BudgetError as BudgetError
+from eigendamage.errors import ChannelError as ChannelError
 from eigendamage.errors import DataError as DataError
 from eigendamage.errors import EigenDamageError as EigenDamageError
 from eigendamage.errors import FileFormatError as FileFormatError

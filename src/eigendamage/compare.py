@@ -18,6 +18,7 @@ from eigendamage.compress import compress
 from eigendamage.curvature import Curvature, Extra, Fisher, estimate_curvature
 from eigendamage.errors import (
     BudgetError,
+    ChannelError,
     DataError,
     EigenDamageError,
     MismatchError,
@@ -155,12 +156,16 @@ def compare(
     todo = [(c, f) for f in budgets for c in competitors if (c.name, f) not in rows]
     if not todo:
         return document()
-    missing = list(dict.fromkeys(c for c, _ in todo))
+    extras: set[Extra] = {extra for competitor, _ in todo for extra in needs(competitor.method)}
+    curvature, no_channels = _shared_curvature(
+        model, data, extras, fisher, max_examples, seed, progress
+    )
     task = _Task(
         model=model,
         data=data,
         eval_data=eval_data,
-        curvature=_shared_curvature(model, data, missing, fisher, max_examples, seed, progress),
+        curvature=curvature,
+        no_channels=no_channels,
         train_data=train_data if epochs else None,
         config=FinetuneConfig(epochs=max(1, epochs), learning_rate=learning_rate),
         fisher=fisher,
@@ -186,6 +191,7 @@ class _Task:
     data: Data
     eval_data: Data
     curvature: Curvature
+    no_channels: str | None
     train_data: Callable[[], Iterable[Any]] | None
     config: FinetuneConfig
     fisher: Fisher
@@ -196,6 +202,8 @@ class _Task:
     def row(self, competitor: Competitor, fraction: float, unit: Unit) -> Row:
         """Compress, train and measure."""
         budget = competitor.budget(fraction, unit)
+        if self.no_channels is not None and "channels" in needs(competitor.method):
+            return Row(method=competitor.name, budget=fraction, refused=self.no_channels)
         try:
             if competitor.rounds > 1:
                 return self._in_rounds(competitor, fraction, budget)
@@ -316,14 +324,29 @@ def _known_rows(folder: Path | None, settings: Settings) -> tuple[Row, ...]:
 def _shared_curvature(
     model: nn.Module,
     data: Data,
-    competitors: Sequence[Competitor],
+    extras: set[Extra],
+    fisher: Fisher,
+    max_examples: int | None,
+    seed: int,
+    progress: bool,
+) -> tuple[Curvature, str | None]:
+    """One curvature with what any of the methods needs; why it has no channels, if it should."""
+    options = (model, data, fisher, max_examples, seed, progress)
+    try:
+        return _estimate(extras, *options), None
+    except ChannelError as error:
+        return _estimate(extras - {"channels"}, *options), str(error)
+
+
+def _estimate(
+    extras: set[Extra],
+    model: nn.Module,
+    data: Data,
     fisher: Fisher,
     max_examples: int | None,
     seed: int,
     progress: bool,
 ) -> Curvature:
-    """One curvature with what any of the methods needs."""
-    extras: set[Extra] = {extra for c in competitors for extra in needs(c.method)}
     return estimate_curvature(
         model,
         data,

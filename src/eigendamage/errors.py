@@ -35,6 +35,10 @@ class NothingToCompressError(EigenDamageError):
     """No layer of the model can be compressed, or the plan would leave every layer as it is."""
 
 
+class ChannelError(EigenDamageError):
+    """Which channels of a model go together could not be found out."""
+
+
 class BudgetError(EigenDamageError):
     """A budget that cannot be met, or that is not well formed."""
 

@@ -97,6 +97,7 @@ def estimate_curvature(
         LossError: if loss, output, labels and Fisher do not fit together.
         LayerError: if a layer's tensors cannot be told apart by example.
         MismatchError: if ``basis`` is of another model.
+        ChannelError: if ``channels`` are wished for and cannot be traced.
     """
     if fisher not in ("mc", "exact", "empirical"):
         raise EigenDamageError(f"fisher '{fisher}' is unknown; known are mc, exact, empirical")

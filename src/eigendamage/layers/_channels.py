@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvNd  # pyright: ignore[reportPrivateUsage]
 from torch.nn.utils import parametrize
 
 from eigendamage.batches import Batch, call, output_tensors
-from eigendamage.errors import DataError, EigenDamageError
+from eigendamage.errors import ChannelError, DataError
 from eigendamage.layers._channel_graph import Carrier, ChannelGraph, ChannelGroup, Member
 from eigendamage.layers._dependencies import Coupling, Place, find_couplings
 from eigendamage.layers._factored import FactoredConv2d, FactoredLinear
@@ -50,7 +50,7 @@ def find_channels(model: nn.Module, batch: Batch, *, limit_s: float = 120.0) -> 
 
     Raises:
         DataError: if the model cannot run on the batch.
-        EigenDamageError: if it cannot be copied, or if torch-pruning fails on it or takes too long.
+        ChannelError: if it cannot be copied, or if torch-pruning fails on it or takes too long.
     """
     few = batch.few(_EXAMPLES)
     reasons = _reasons(model)
@@ -97,7 +97,7 @@ def _bare_copy(model: nn.Module) -> nn.Module:
         return copy.deepcopy(model, {**computed, **hooks}).eval()
     except Exception as error:
         said = (str(error).splitlines() or [""])[0]
-        raise EigenDamageError(
+        raise ChannelError(
             f"{type(model).__name__} cannot be copied, and its channels are looked for on a copy: "
             f"{type(error).__name__}: {said}"
         ) from error

@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 from torch import nn
 
 from eigendamage.batches import Batch, call, output_tensors
-from eigendamage.errors import EigenDamageError
+from eigendamage.errors import ChannelError
 
 _STOP_S = 5.0
 
@@ -78,7 +78,7 @@ def find_couplings(
         limit_s: seconds after which it is stopped.
 
     Raises:
-        EigenDamageError: if torch-pruning fails or takes longer.
+        ChannelError: if torch-pruning fails or takes longer.
     """
     name = type(copy).__name__
     advice = 'method="eigendamage" needs no groups of channels'
@@ -87,13 +87,13 @@ def find_couplings(
         try:
             return _within(limit_s, lambda: _couplings(_build(copy, batch), copy, roots))
         except TimeoutError:
-            raise EigenDamageError(
+            raise ChannelError(
                 f"finding which channels of {name} go together took over {limit_s:g} s and was "
-                f"stopped (torch-pruning's graph); raise limit_s, or prune differently: {advice}"
+                f"stopped (torch-pruning's graph). Prune differently: {advice}"
             ) from None
         except Exception as error:
             said = (str(error).splitlines() or [""])[0]
-            raise EigenDamageError(
+            raise ChannelError(
                 f"torch-pruning cannot tell which channels of {name} go together: "
                 f"{type(error).__name__}: {said}. Prune differently: {advice}"
             ) from error

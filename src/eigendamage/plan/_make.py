@@ -70,7 +70,8 @@ def make_plan(
             costs less, ``three`` keeps the paper's three stages.
         eigenvalues: for ``eigendamage``: price by λ (``ekfac``) or by Λ_S Λ_A (``kfac``, the
             paper's); what the curvature was estimated with by default.
-        damping: added to S and A by the methods that invert them, relative to their mean diagonal.
+        damping: added to S and A by the methods that price or repair with them beside
+            EigenDamage, relative to their mean diagonal.
         rank_by: for methods that remove channels: ``price`` compares prices, as the paper does,
             ``price_per_cost`` prices for each MAC or parameter saved. The latter is the default
             where the budget is in one of these and the prices of different layers are in one unit
