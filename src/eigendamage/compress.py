@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from eigendamage.curvature import (
     loss_name,
 )
 from eigendamage.errors import MismatchError
+from eigendamage.layers import copy_model
 from eigendamage.measure import count, evaluate_together
 from eigendamage.plan import (
     Budget,
@@ -174,7 +174,7 @@ def compress(
     versions = [model, compressed]
     if recalibrate and plan.changed:
         with clock.stage("batch norm"):
-            again = copy.deepcopy(compressed)
+            again = copy_model(compressed)
             if recalibrate_batchnorm(again, data, max_examples=max_examples, progress=progress):
                 versions.append(again)
     small = versions[-1]

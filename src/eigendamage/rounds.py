@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ from eigendamage.batches import Data
 from eigendamage.compress import Compressed, compress
 from eigendamage.curvature import Curvature, Fisher
 from eigendamage.errors import EigenDamageError
+from eigendamage.layers import copy_model
 from eigendamage.measure import Evaluation, evaluate
 from eigendamage.plan import Budget
 from eigendamage.training import FinetuneConfig, finetune
@@ -124,7 +124,7 @@ def compress_in_rounds(
         tuned = None
         current = result.model
         if shares is not None:
-            current = copy.deepcopy(current)
+            current = copy_model(current)
             finetune(current, shares[index], finetuning, progress=progress)
             measured_on = data if eval_data is None else eval_data
             tuned = evaluate(current, measured_on, reference=model, progress=progress)

@@ -83,9 +83,9 @@ def gradient_moments(
 ) -> tuple[Float[Tensor, "o i K"], Float[Tensor, " o"], Float[Tensor, " o"]]:
     """Σ_n of G[n]², of the squared bias gradient, and of (Σ_j w_rj G[n]_rj + b_r Σ_t g[n,t,r])².
 
-    The first two are N times the Fisher's exact diagonal. The third is, for each output r, the
-    squared first-order change of the loss when its filter and bias go (Molchanov et al. 2019,
-    eq. 8, for single examples).
+    What is of a bias is 0 where there is none. The first two are N times the Fisher's exact
+    diagonal. The third is, for each output r, the squared first-order change of the loss when its
+    filter and bias go (Molchanov et al. 2019, eq. 8, for single examples).
     """
     g = calls[0][1]
     n, o = g.shape[0], g.shape[1]
@@ -95,7 +95,8 @@ def gradient_moments(
     for part, k, grad in _gradients(calls, geometry):
         along[part] += torch.einsum("noi,oi->no", grad, weight[:, :, k])
         squares[:, :, k] += grad.square().sum(0)
-    return squares, bias_gradient.square().sum(0), along.square().sum(0)
+    of_bias = g.new_zeros(o) if bias is None else bias_gradient.square().sum(0)
+    return squares, of_bias, along.square().sum(0)
 
 
 def _squared(

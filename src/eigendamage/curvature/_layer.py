@@ -90,8 +90,9 @@ class LayerCurvature:
             S=S,
             A=A,
             mean=mean,
-            Q_S=of_S.vectors.to(S),
-            Q_A=of_A.vectors.to(A),
+            # Row by row, as they are on disk: what is made of them is the same to the bit.
+            Q_S=of_S.vectors.to(S).contiguous(),
+            Q_A=of_A.vectors.to(A).contiguous(),
             S_eigenvalues=of_S.values.to(S),
             A_eigenvalues=of_A.values.to(A),
             eigenvalues=products.unsqueeze(2).repeat(1, 1, shape.offsets),

@@ -118,8 +118,28 @@ def load_curvature(path: str | Path, device: str = "cpu") -> Curvature:
             }
     except SafetensorError as error:
         raise FileFormatError(f"{path} is not a whole safetensors file: {error}") from error
+    _refuse_missing(path, header, layers)
     rest = header.model_dump(exclude={"format", "version", "layers", "channels"})
     return Curvature(layers=layers, channels=header.channels, **rest)
+
+
+def _refuse_missing(
+    path: str | Path, header: _Header, layers: Mapping[str, LayerCurvature]
+) -> None:
+    """Refuse a file that has not what its header says was estimated."""
+    for extra in header.extras:
+        lacking = extra == "channels" and header.channels is None
+        for name, layer in layers.items():
+            tensors: list[Tensor | None] = []
+            if extra == "gradients":
+                tensors = [layer.diagonal, layer.bias_diagonal, layer.gates]
+            elif extra == "patches" and layer.shape.offsets > 1:
+                tensors = [layer.patches, layer.patch_mean]
+            if lacking or any(tensor is None for tensor in tensors):
+                raise FileFormatError(
+                    f"{path}: the header says that {extra} were estimated, but those of layer "
+                    f"'{name}' are not in the file"
+                )
 
 
 def _read_header(path: str | Path, metadata: dict[str, str] | None) -> _Header:

@@ -2,6 +2,7 @@
 
 from eigendamage.layers._channel_graph import Carrier, ChannelGraph, ChannelGroup, Member
 from eigendamage.layers._channels import find_channels
+from eigendamage.layers._copy import copy_model
 from eigendamage.layers._cost import FORMS, Cost, DenseForm, Form, LayerShape
 from eigendamage.layers._factored import FactoredConv2d, FactoredLinear, balance
 from eigendamage.layers._find import ON_REQUEST, Layer, Layers, find_layers
@@ -40,6 +41,7 @@ __all__ = [
     "Trace",
     "balance",
     "channels_of",
+    "copy_model",
     "evaluating",
     "find_channels",
     "find_layers",

@@ -15,6 +15,7 @@ from torch.nn.utils import parametrize
 from eigendamage.batches import Batch, call, output_tensors
 from eigendamage.errors import ChannelError, DataError
 from eigendamage.layers._channel_graph import Carrier, ChannelGraph, ChannelGroup, Member
+from eigendamage.layers._copy import copy_model
 from eigendamage.layers._dependencies import Coupling, Place, find_couplings
 from eigendamage.layers._factored import FactoredConv2d, FactoredLinear
 from eigendamage.layers._find import find_layers
@@ -77,13 +78,6 @@ def find_channels(model: nn.Module, batch: Batch, *, limit_s: float = 120.0) -> 
 
 def _bare_copy(model: nn.Module) -> nn.Module:
     """A copy in eval mode without hooks, but for torch's own that compute a weight."""
-    # Masked and weight-normalised layers hold results of autograd, which do not copy themselves.
-    computed = {
-        id(value): value.detach().clone()
-        for module in model.modules()
-        for value in vars(module).values()
-        if isinstance(value, Tensor) and not value.is_leaf
-    }
     hooks: dict[int, Any] = {}
     for module in model.modules():
         for kind in _HOOKS:
@@ -94,7 +88,7 @@ def _bare_copy(model: nn.Module) -> nn.Module:
                 if type(hook).__module__.startswith("torch.nn.utils.")
             )
     try:
-        return copy.deepcopy(model, {**computed, **hooks}).eval()
+        return copy_model(model, hooks).eval()
     except Exception as error:
         said = (str(error).splitlines() or [""])[0]
         raise ChannelError(

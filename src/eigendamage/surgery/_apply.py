@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 
 from torch import nn
 
 from eigendamage.curvature import Curvature
 from eigendamage.errors import EigenDamageError, MismatchError
-from eigendamage.layers import Layer, find_layers, sides, slice_channels
+from eigendamage.layers import Layer, copy_model, find_layers, sides, slice_channels
 from eigendamage.plan import (
     CarrierPlan,
     Channels,
@@ -47,7 +46,7 @@ def apply_plan(model: nn.Module, plan: Plan, curvature: Curvature) -> nn.Module:
         if isinstance(action, EigenBlock | DepthwiseBlock):
             stages = planned_stages(found[name].weight(), curvature[name], action)
             replaced[id(found[name].module)] = factored_module(found[name], stages)
-    smaller = copy.deepcopy(model, memo=dict(replaced))
+    smaller = copy_model(model, replaced)
     for name, layer_plan in plan.layers.items():
         action = layer_plan.action
         if isinstance(action, Channels):
