@@ -39,7 +39,7 @@ def compare_command(
     ),
     out: Path = typer.Option(Path("eigendamage-compare"), help="Folder for the results."),
     examples: int = typer.Option(2000, help="The most images to take the curvature on."),
-    train_examples: int = typer.Option(4000, help="The most labelled images of an epoch."),
+    train_examples: int = typer.Option(2000, help="The most labelled images of an epoch."),
     test_examples: int | None = typer.Option(None, help="The most images to measure on."),
     batch_size: int = typer.Option(_BATCH, help="Images a batch."),
     learning_rate: float = typer.Option(0.02, help="Peak of the one-cycle schedule."),

@@ -12,6 +12,9 @@ from eigendamage.plan import LayerView, Mask
 from eigendamage.plan.prices.obs import masked_update
 from eigendamage.surgery._channels import write_matrix
 
+# Of the repair: a hundredth of the gradient that plain masking leaves.
+_TOLERANCE = 1e-2
+
 
 def mask_weights(module: nn.Module, layer: Layer, curvature: LayerCurvature, action: Mask) -> None:
     """Put a mask on a module's weight, in place, after repairing what stays as the action says.
@@ -31,7 +34,7 @@ def mask_weights(module: nn.Module, layer: Layer, curvature: LayerCurvature, act
         flat = keep.flatten(1)
         if view.bias is not None:  # the bias always stays
             flat = torch.cat([flat, flat.new_ones(len(flat), 1)], 1)
-        write_matrix(module, masked_update(view.W, view.S, view.A, flat, 0.0, tolerance=1e-3))
+        write_matrix(module, masked_update(view.W, view.S, view.A, flat, 0.0, tolerance=_TOLERANCE))
     weight = layer.dense_weight()
     with torch.no_grad():
         prune.custom_from_mask(module, "weight", keep.reshape(weight.shape).to(weight.device))
