@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import re
-import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,60 +11,19 @@ import torch
 from torch import nn
 
 from eigendamage.batches import Data, device_of
-from eigendamage.compress import compress
+from eigendamage.compare._competitor import ALL, Competitor
+from eigendamage.compare._contest import Contest
 from eigendamage.curvature import Curvature, Extra, Fisher, estimate_curvature
 from eigendamage.errors import (
-    BudgetError,
     ChannelError,
     DataError,
     EigenDamageError,
     MismatchError,
-    NothingToCompressError,
 )
-from eigendamage.measure import Evaluation, evaluate
-from eigendamage.plan import METHODS, Budget, Unit, WeightMethod, needs, variant_of
+from eigendamage.measure import evaluate
+from eigendamage.plan import Budget, Unit, needs
 from eigendamage.report import Comparison, Environment, Measured, Row, Settings
-from eigendamage.rounds import compress_in_rounds
-from eigendamage.training import FinetuneConfig, finetune
-
-ALL = (*METHODS, "kron-obs:paper", "eigendamage@3")
-_NAME = re.compile(r"(?P<method>[\w-]+)(:(?P<variant>[\w-]+))?(@(?P<rounds>\d+))?")
-
-
-@dataclass(frozen=True)
-class Competitor:
-    """A method as it is named in a comparison: ``METHOD[:VARIANT][@ROUNDS]``."""
-
-    name: str
-    method: str
-    variant: str | None
-    rounds: int
-
-    @classmethod
-    def of(cls, name: str) -> Competitor:
-        """Read a name.
-
-        Raises:
-            EigenDamageError: if it is of another form, or there is no such method or variant.
-        """
-        found = _NAME.fullmatch(name.strip())
-        if found is None:
-            raise EigenDamageError(
-                f"'{name}' names no method; the form is METHOD[:VARIANT][@ROUNDS], such as "
-                f"kron-obs:paper or eigendamage@3"
-            )
-        method, variant = found["method"], found["variant"]
-        variant_of(method, variant)
-        rounds = int(found["rounds"] or 1)
-        if rounds < 1:
-            raise EigenDamageError(f"'{name}' asks for {rounds} rounds; at least 1 is needed")
-        return cls(name.strip(), method, variant, rounds)
-
-    def budget(self, fraction: float, unit: Unit) -> Budget:
-        """The budget that leaves a fraction; masks leave that fraction of the single weights."""
-        if isinstance(METHODS[self.method], WeightMethod):
-            return Budget(ratio=1 - fraction)
-        return Budget(macs=fraction) if unit == "macs" else Budget(params=fraction)
+from eigendamage.training import FinetuneConfig
 
 
 def compare(
@@ -160,7 +116,7 @@ def compare(
     curvature, no_channels = _shared_curvature(
         model, data, extras, fisher, max_examples, seed, progress
     )
-    task = _Task(
+    task = Contest(
         model=model,
         data=data,
         eval_data=eval_data,
@@ -181,116 +137,6 @@ def compare(
         if on_row is not None:
             on_row(row)
     return document()
-
-
-@dataclass(frozen=True, eq=False)
-class _Task:
-    """What every row starts from."""
-
-    model: nn.Module
-    data: Data
-    eval_data: Data
-    curvature: Curvature
-    no_channels: str | None
-    train_data: Callable[[], Iterable[Any]] | None
-    config: FinetuneConfig
-    fisher: Fisher
-    max_examples: int | None
-    seed: int
-    progress: bool
-
-    def row(self, competitor: Competitor, fraction: float, unit: Unit) -> Row:
-        """Compress, train and measure."""
-        budget = competitor.budget(fraction, unit)
-        if self.no_channels is not None and "channels" in needs(competitor.method):
-            return Row(method=competitor.name, budget=fraction, refused=self.no_channels)
-        try:
-            if competitor.rounds > 1:
-                return self._in_rounds(competitor, fraction, budget)
-            return self._at_once(competitor, fraction, budget)
-        except (BudgetError, NothingToCompressError) as error:
-            return Row(method=competitor.name, budget=fraction, refused=str(error))
-
-    def _in_rounds(self, competitor: Competitor, fraction: float, budget: Budget) -> Row:
-        start = time.perf_counter()
-        result = compress_in_rounds(
-            self.model,
-            self.data,
-            budget=budget,
-            rounds=competitor.rounds,
-            train_data=None if self.train_data is None else self.train_data(),
-            finetuning=self.config,
-            method=competitor.method,
-            variant=competitor.variant,
-            eval_data=self.eval_data,
-            curvature=self.curvature,
-            fisher=self.fisher,
-            max_examples=self.max_examples,
-            seed=self.seed,
-            progress=self.progress,
-        )
-        spent = time.perf_counter() - start
-        last = result.rounds[-1]
-        macs = last.compressed.report.macs[1] / result.rounds[0].compressed.report.macs[0]
-        return Row(
-            method=competitor.name,
-            budget=fraction,
-            macs=macs,
-            parameters=_left(result.model, self.model),
-            surgery=last.compressed.report.compressed,
-            recalibrated=last.compressed.report.recalibrated,
-            tuned=None if last.tuned is None else Measured.of(last.tuned),
-            seconds={"rounds": spent},
-        )
-
-    def _at_once(self, competitor: Competitor, fraction: float, budget: Budget) -> Row:
-        start = time.perf_counter()
-        result = compress(
-            self.model,
-            self.data,
-            budget=budget,
-            method=competitor.method,
-            variant=competitor.variant,
-            eval_data=self.eval_data,
-            curvature=self.curvature,
-            max_examples=self.max_examples,
-            calibration_examples=0,
-            seed=self.seed,
-            progress=self.progress,
-        )
-        seconds = {"compressing": time.perf_counter() - start}
-        tuned = None
-        if self.train_data is not None:
-            start = time.perf_counter()
-            finetune(result.model, self.train_data(), self.config, progress=self.progress)
-            seconds["training"] = time.perf_counter() - start
-            tuned = Measured.of(self._measured(result.model))
-        report = result.report
-        return Row(
-            method=competitor.name,
-            budget=fraction,
-            macs=report.macs[1] / report.macs[0],
-            parameters=_left(result.model, self.model),
-            predicted=report.predicted,
-            surgery=report.compressed,
-            recalibrated=report.recalibrated,
-            tuned=tuned,
-            seconds=seconds,
-            masks=isinstance(METHODS[competitor.method], WeightMethod),
-        )
-
-    def _measured(self, model: nn.Module) -> Evaluation:
-        return evaluate(model, self.eval_data, reference=self.model, progress=self.progress)
-
-
-def _left(model: nn.Module, original: nn.Module) -> float:
-    """Parameters of a model that are not masked to zero, as a fraction of the original's."""
-    masked = sum(int((m == 0).sum()) for n, m in model.named_buffers() if n.endswith("_mask"))
-    return (_parameters(model) - masked) / _parameters(original)
-
-
-def _parameters(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
 
 
 def _fingerprint(model: nn.Module) -> str:
