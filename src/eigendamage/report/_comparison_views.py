@@ -39,12 +39,12 @@ def _table(comparison: Comparison, budget: float) -> Table:
     for column in (
         "MACs",
         "params",
-        "predicted\nrise",
-        "accuracy\nafter cut",
-        "loss",
-        "BN anew\naccuracy",
-        "loss",
-        *(("tuned\naccuracy", "loss") if settings.epochs else ()),
+        "rise\npredicted",
+        "after cut\ncorrect",
+        "\nloss",
+        "BN anew\ncorrect",
+        "\nloss",
+        *(("tuned\ncorrect", "\nloss") if settings.epochs else ()),
     ):
         table.add_column(column, justify="right", no_wrap=True)
     for row in ranked(comparison, budget):
@@ -56,7 +56,7 @@ def _table(comparison: Comparison, budget: float) -> Table:
             row.method,
             "–" if row.macs is None else f"{row.macs:.0%}",
             "–" if row.parameters is None else f"{row.parameters:.0%}",
-            number(row.predicted),
+            "–" if row.predicted is None else f"{row.predicted:.1e}",
             *(cell for measured in shown for cell in _cells(measured)),
         )
     return table
@@ -65,7 +65,8 @@ def _table(comparison: Comparison, budget: float) -> Table:
 def _cells(measured: Measured | None) -> tuple[str, str]:
     if measured is None:
         return "–", "–"
-    return percent(measured.accuracy), number(measured.loss)
+    correct = "–" if measured.accuracy is None else f"{measured.accuracy:.1%}"
+    return correct, "–" if measured.loss is None else f"{measured.loss:.2f}"
 
 
 def ranked(comparison: Comparison, budget: float) -> list[Row]:
@@ -94,11 +95,18 @@ def plot_comparison(comparison: Comparison, path: str | Path) -> None:
     """
     # matplotlib takes a second to import, which only those who draw should spend.
     from matplotlib.figure import Figure  # noqa: PLC0415
+    from matplotlib.ticker import (  # noqa: PLC0415
+        LogLocator,
+        NullLocator,
+        PercentFormatter,
+        StrMethodFormatter,
+    )
 
     settings = comparison.settings
     stages = [("right after surgery", "surgery"), ("with batch norm anew", "recalibrated")]
     if settings.epochs:
-        stages.append((f"after {settings.epochs} epoch(s)", "tuned"))
+        epochs = "1 epoch" if settings.epochs == 1 else f"{settings.epochs} epochs"
+        stages.append((f"after {epochs} of training", "tuned"))
     stages = [s for s in stages if any(getattr(r, s[1]) for r in comparison.rows)]
     drawn = [r for r in comparison.rows if r.macs is not None and not r.masks]
     methods = list(dict.fromkeys(row.method for row in drawn))
@@ -123,6 +131,11 @@ def plot_comparison(comparison: Comparison, path: str | Path) -> None:
         axes[0, column].set_title(title, fontsize=10)
         axes[1, column].set_xlabel("MACs left")
         axes[1, column].set_yscale("log")
+        axes[1, column].xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axes[0, column].yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axes[1, column].yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+        axes[1, column].yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes[1, column].yaxis.set_minor_locator(NullLocator())
         for line, value in ((0, comparison.original.accuracy), (1, comparison.original.loss)):
             if value is not None:
                 axes[line, column].axhline(value, color="0.5", linestyle=":", linewidth=1)
@@ -137,7 +150,7 @@ def plot_comparison(comparison: Comparison, path: str | Path) -> None:
         fontsize=10,
     )
     with written_beside(path) as beside:
-        figure.savefig(beside, format=Path(path).suffix.removeprefix(".") or "png", dpi=120)
+        figure.savefig(beside, format=Path(path).suffix.removeprefix(".") or "png", dpi=100)
 
 
 def _points(rows: list[Row], method: str, stage: str) -> list[tuple[float, Measured]]:
