@@ -114,7 +114,7 @@ def test_without_patches_the_error_says_how_to_get_them() -> None:
     assert curvature["token"].patch_factor("token").shape == (9, 9)
 
 
-@pytest.mark.parametrize("name", ["mixed", "conv uneven", "conv reflect", "conv dilated"])
+@pytest.mark.parametrize("name", ["mixed", "conv uneven"])
 def test_sampled_positions_are_unbiased(name: str) -> None:
     case = CASES[name]
     model, data = case.model(), [case.data(6)]
@@ -122,7 +122,7 @@ def test_sampled_positions_are_unbiased(name: str) -> None:
     def run(**options: object) -> Curvature:
         return _curvature(model, data, also=("patches",), eigenvalues="kfac", **options)
 
-    seeds = 60
+    seeds = 40
     whole = run()
     draws = [run(patch_positions=3, seed=seed) for seed in range(seeds)]
     for layer, known in whole.items():
