@@ -264,7 +264,7 @@ def compare(results: Mapping[str, Any]) -> str:
 def compare_source(results: Mapping[str, Any]) -> str:
     """What a comparison's numbers were measured with, and how far they can be trusted."""
     settings, here = results["settings"], results["environment"]
-    tested, accuracy = settings["measured_examples"], results["original"]["accuracy"]
+    tested, accuracy = results["measured_examples"], results["original"]["accuracy"]
     images = settings["max_examples"]
     epochs = settings["epochs"]
     training = (

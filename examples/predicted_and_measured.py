@@ -117,7 +117,7 @@ def remove_by_obd(layer: LayerView, fraction: float) -> Change:
 
 def remove_by_obs(layer: LayerView, fraction: float) -> Change:
     """Single weights under S ⊗ A; those that stay go where S ⊗ A is least."""
-    prices = obs.weight_prices(layer.W, layer.S, layer.A, 0.0)  # the view's are damped already
+    prices = obs.weight_prices(layer.W, layer.S_inverse, layer.A_inverse)
     gone = cheapest(prices, fraction)
     X = obs.masked_update(layer.W, layer.S, layer.A, ~gone, 0.0)
     return Change(X, float(prices[gone].sum()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 from pathlib import Path
@@ -125,6 +126,118 @@ def test_a_model_whose_channels_cannot_be_traced_is_compared_by_the_rest(
     assert masks.refused is None
 
 
+def test_other_data_is_another_comparison(tmp_path: Path) -> None:
+    run(tmp_path, methods=("random",))
+    scaled = [(3 * x, y) for x, y in batches()]
+    for name, options in {
+        "data": {"data": scaled, "eval_data": batches()},
+        "eval_data": {"data": batches(), "eval_data": scaled},
+    }.items():
+        with pytest.raises(ed.MismatchError, match=f"with {name} '"):
+            ed.compare(
+                network(),
+                options["data"],
+                eval_data=options["eval_data"],
+                methods=("random",),
+                budgets=(0.6,),
+                out=tmp_path,
+                progress=False,
+            )
+
+
+def test_rounds_are_ranked_by_the_distance_from_the_original() -> None:
+    unlabelled = [x for x, _ in batches()]
+    result = ed.compare(
+        network(),
+        unlabelled,
+        eval_data=unlabelled,
+        methods=("eigendamage@2",),
+        budgets=(0.4,),
+        progress=False,
+    )
+    rounds = ed.compress_in_rounds(
+        network(), unlabelled, budget=ed.Budget(macs=0.4), rounds=2, progress=False
+    )
+    true = ed.evaluate(rounds.model, unlabelled, reference=network(), progress=False)
+    assert result.rows[0].final is not None
+    assert result.rows[0].final.divergence == pytest.approx(true.divergence)
+
+
+def test_a_row_that_fails_does_not_end_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ed.LayerError("conv", "something is wrong with it")
+
+    contest = importlib.import_module("eigendamage.compare._contest")
+    monkeypatch.setattr(contest, "compress_in_rounds", fail)
+    failed, fine = run(methods=("eigendamage@2", "random")).rows
+    assert failed.refused == "layer 'conv': something is wrong with it"
+    assert fine.refused is None
+
+
+def test_dropout_draws_the_same_for_every_row_and_nothing_of_the_callers() -> None:
+    model = network()
+    model.insert(7, torch.nn.Dropout(0.5))
+    data = batches()
+
+    def tuned(*methods: str) -> dict[str, object]:
+        before = torch.get_rng_state()
+        result = ed.compare(
+            model,
+            data,
+            eval_data=data,
+            methods=methods,
+            budgets=(0.6,),
+            train_data=batches,
+            epochs=1,
+            progress=False,
+        )
+        assert torch.equal(before, torch.get_rng_state())
+        return {row.method: row.tuned for row in result.rows}
+
+    assert tuned("magnitude", "random")["random"] == tuned("random")["random"]
+
+
+def test_generators_serve_every_row_and_every_round() -> None:
+    data = batches()
+    methods = ("random", "magnitude", "eigendamage@2")
+    from_lists = run(methods=methods)
+    from_generators = ed.compare(
+        network(),
+        (batch for batch in data),
+        eval_data=(batch for batch in data),
+        methods=methods,
+        budgets=(0.6,),
+        progress=False,
+    )
+    for one, other in zip(from_lists.rows, from_generators.rows, strict=True):
+        assert one.final == other.final
+
+
+def test_a_mask_of_the_users_is_no_pruned_weight() -> None:
+    model = network()
+    model.register_buffer("causal_mask", torch.ones(20, 20).tril())
+    data = batches()
+    row = ed.compare(
+        model, data, eval_data=data, methods=("random",), budgets=(0.6,), progress=False
+    ).rows[0]
+    small = ed.compress(
+        model, data, budget=ed.Budget(macs=0.6), method="random", progress=False
+    ).model
+    left = sum(p.numel() for p in small.parameters()) / sum(p.numel() for p in model.parameters())
+    assert row.parameters == pytest.approx(left)
+
+
+def test_what_is_named_twice_is_done_once() -> None:
+    assert len(run(methods=("random", "random"), budgets=(0.6, 0.6)).rows) == 1
+
+
+def test_nothing_to_draw_is_said(tmp_path: Path) -> None:
+    result = run(methods=("random",), budgets=(0.001,))
+    with pytest.raises(ed.NothingToCompressError, match="nothing to draw"):
+        ed.plot_comparison(result, tmp_path / "p.png")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -132,6 +245,7 @@ def test_a_model_whose_channels_cannot_be_traced_is_compared_by_the_rest(
         ({"methods": ("kron-obs:magic",)}, "its variants are readers"),
         ({"methods": ("a b",)}, "the form is METHOD"),
         ({"methods": ("random@0",)}, "asks for 0 rounds"),
+        ({"methods": ("obd@2",)}, "masks are set once"),
         ({"methods": ()}, "at least one method"),
         ({"budgets": (1.5,)}, "macs is 1.5"),
         ({"epochs": -1}, "epochs is -1"),

@@ -93,11 +93,29 @@ def test_one_round_is_compress() -> None:
     assert torch.equal(once.model(x), rounds.model(x))
 
 
-def test_every_batch_trains_in_one_round_only() -> None:
+def test_every_batch_trains_in_one_round_only_and_every_pass_is_a_new_one() -> None:
     parts = split_batches(range(7), 3)
-    assert parts == [[0, 3, 6], [1, 4], [2, 5]]
-    with pytest.raises(ed.EigenDamageError, match="2 batches of training data cannot be split"):
+    assert [list(part) for part in parts] == [[0, 3, 6], [1, 4], [2, 5]]
+    assert [len(part) for part in parts] == [3, 2, 2]
+    images = ed.zoo.ImageSet(torch.randn(12, 1, 8, 8)).batches(3, shuffle_seed=0, augment=True)
+    share = split_batches(images, 2)[0]
+    first, second = list(share), list(share)
+    assert not torch.equal(first[0], second[0]), "augmented anew in each epoch"
+    with pytest.raises(ed.DataError, match="2 batches of training data cannot be split"):
         split_batches([1, 2], 3)
+
+
+def test_what_is_ignored_is_ignored_in_every_round() -> None:
+    result = ed.compress_in_rounds(
+        network(),
+        (batch for batch in batches()),
+        budget=ed.Budget(params=0.6),
+        rounds=2,
+        ignore=iter(["0"]),
+        progress=False,
+    )
+    for one in result.rounds:
+        assert "0" not in one.compressed.plan.changed
 
 
 def test_no_round_is_refused() -> None:

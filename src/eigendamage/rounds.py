@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sized
 from dataclasses import dataclass
-from typing import Any
+from itertools import islice
+from typing import Any, cast
 
 from torch import nn
 
 from eigendamage.batches import Data
 from eigendamage.compress import Compressed, compress
-from eigendamage.curvature import Curvature, Fisher
-from eigendamage.errors import EigenDamageError
+from eigendamage.curvature import Curvature, Fisher, Loss
+from eigendamage.errors import DataError, EigenDamageError
 from eigendamage.layers import copy_model
 from eigendamage.measure import Evaluation, evaluate
-from eigendamage.plan import Budget
+from eigendamage.plan import Budget, FormChoice, RankBy
 from eigendamage.training import FinetuneConfig, finetune
 
 
@@ -57,10 +58,15 @@ def compress_in_rounds(
     variant: str | None = None,
     eval_data: Data | None = None,
     curvature: Curvature | None = None,
+    loss: Loss = "cross_entropy",
     fisher: Fisher = "mc",
     max_ratio: float = 0.95,
+    form: FormChoice = "cheapest",
+    damping: float = 1e-3,
+    rank_by: RankBy | None = None,
     ignore: Iterable[str] = (),
     max_examples: int | None = None,
+    recalibrate: bool = True,
     seed: int = 0,
     progress: bool = True,
 ) -> Rounds:
@@ -77,17 +83,24 @@ def compress_in_rounds(
         budget: of the whole, relative to ``model``. MACs and parameters shrink by the same factor
             in each round; a ratio is that of every round.
         rounds: how many.
-        train_data: labelled batches of known length to fine-tune on after each round, split among
-            the rounds: each trains on its own share of the batches. None trains nothing.
+        train_data: labelled batches of known length to fine-tune on after each round with
+            cross-entropy. They are split among the rounds: in every pass each round trains on its
+            own share. None trains nothing.
         finetuning: how; see `FinetuneConfig`. Its epochs are those of each share.
-        method: see `make_plan`; likewise ``variant`` and ``max_ratio``.
+        method: see `make_plan`; likewise ``variant``, ``max_ratio``, ``form``, ``damping`` and
+            ``rank_by``.
         variant: the form of the method.
         eval_data: held-out batches to measure on; nothing is chosen by it.
         curvature: of ``model``, for the first round, if it was estimated before.
+        loss: see `compress`; likewise ``fisher``, ``max_examples`` and ``recalibrate``.
         fisher: which labels the curvature takes.
         max_ratio: the most of one side of a layer that may go in a round.
+        form: how factored layers are laid out.
+        damping: of S and A where they are inverted.
+        rank_by: by price, or by price for what is saved.
         ignore: shell patterns over dotted paths of layers to leave alone.
         max_examples: the most examples of ``data`` to use.
+        recalibrate: measure batch norm's statistics again after each surgery.
         seed: of the label draws.
         progress: whether to show progress.
 
@@ -96,6 +109,11 @@ def compress_in_rounds(
     """
     if rounds < 1:
         raise EigenDamageError(f"rounds is {rounds}; it must be at least 1")
+    # A generator is used up by the first round.
+    data = list(data) if isinstance(data, Iterator) else data
+    if isinstance(eval_data, Iterator):
+        eval_data = list(eval_data)
+    ignored = (ignore,) if isinstance(ignore, str) else tuple(ignore)
     shares = None if train_data is None else split_batches(train_data, rounds)
     done: list[Round] = []
     current = model
@@ -110,10 +128,15 @@ def compress_in_rounds(
             variant=variant,
             eval_data=eval_data,
             curvature=curvature,
+            loss=loss,
             fisher=fisher,
             max_ratio=max_ratio,
-            ignore=ignore,
+            form=form,
+            damping=damping,
+            rank_by=rank_by,
+            ignore=ignored,
             max_examples=max_examples,
+            recalibrate=recalibrate,
             calibration_examples=0,
             seed=seed + index,
             progress=progress,
@@ -127,7 +150,7 @@ def compress_in_rounds(
             current = copy_model(current)
             finetune(current, shares[index], finetuning, progress=progress)
             measured_on = data if eval_data is None else eval_data
-            tuned = evaluate(current, measured_on, reference=model, progress=progress)
+            tuned = evaluate(current, measured_on, loss=loss, reference=model, progress=progress)
         done.append(Round(result, tuned))
     return Rounds(current, tuple(done))
 
@@ -136,15 +159,38 @@ def _part(budget: Budget, fraction: float) -> Budget:
     return Budget(macs=fraction) if budget.unit == "macs" else Budget(params=fraction)
 
 
-def split_batches(data: Iterable[Any], parts: int) -> list[list[Any]]:
-    """The batches of one pass over the data, dealt out in turn; every part gets one at least.
+def split_batches(data: Iterable[Any], parts: int) -> list[Share]:
+    """The batches of a pass over the data, dealt out in turn; every part gets one at least.
 
     Raises:
-        EigenDamageError: if there are fewer batches than parts.
+        DataError: if the data has no length, or fewer batches than parts.
     """
-    batches = list(data)
-    if len(batches) < parts:
-        raise EigenDamageError(
-            f"{len(batches)} batches of training data cannot be split among {parts} rounds"
+    kept = list(data) if isinstance(data, Iterator) else data
+    if not isinstance(kept, Sized):
+        raise DataError("training needs data of known length, such as a DataLoader")
+    if len(kept) < parts:
+        raise DataError(
+            f"{len(kept)} batches of training data cannot be split among {parts} rounds"
         )
-    return [batches[index::parts] for index in range(parts)]
+    return [Share(kept, index, parts) for index in range(parts)]
+
+
+class Share:
+    """Every so many batches of a pass over the data; each pass is one of its own over the whole.
+
+    Args:
+        data: batches, of known length.
+        index: of the first batch that it takes.
+        parts: of how many shares it is one.
+    """
+
+    def __init__(self, data: Iterable[Any], index: int, parts: int) -> None:
+        self._data = data
+        self._index = index
+        self._parts = parts
+
+    def __len__(self) -> int:
+        return len(range(self._index, len(cast(Sized, self._data)), self._parts))
+
+    def __iter__(self) -> Iterator[Any]:
+        return islice(self._data, self._index, None, self._parts)

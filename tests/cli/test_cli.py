@@ -219,7 +219,7 @@ def test_compare_writes_a_table_a_plot_and_json_and_goes_on(images: Path, tmp_pa
     assert [row.method for row in comparison.rows] == ["magnitude", "random", "obd"]
     assert comparison == ed.Comparison.model_validate_json(second.stdout)
     assert comparison.settings.train_batches == 2
-    assert comparison.settings.measured_examples == 40
+    assert comparison.measured_examples == 40
     assert all(row.tuned is not None and row.tuned.accuracy is not None for row in comparison.rows)
 
 

@@ -16,11 +16,14 @@ from eigendamage.plan import (
     CarrierPlan,
     Channels,
     DepthwiseBlock,
+    LayerView,
     Mask,
     WeightMethod,
     needs,
     variant_of,
 )
+from eigendamage.plan.prices import kron_obd
+from eigendamage.plan.prices._quadratic import quadratic
 from tests.networks import NETWORKS
 from tests.random_networks import Block, RandomNetwork
 
@@ -380,3 +383,75 @@ def test_channels_of_the_zoos_residual_networks_can_be_removed() -> None:
     assert ed.count(small, x).macs == pytest.approx(plan.macs[1])
     # The blocks' inner channels, at the least, hang together with nothing else.
     assert all(f"layer{k}.{b}.conv1" in plan.changed for k in (1, 2) for b in (0, 1, 2))
+
+
+def test_what_the_official_code_computes_may_be_negative_and_is_no_rise() -> None:
+    """Σ(w²A) is below zero where inputs of opposite sign weigh most: a linear bottleneck, say."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 12, bias=False), nn.Linear(12, 4)).double()
+    with torch.no_grad():
+        model[0].weight[:, 0] *= 10
+    x = torch.randn(64, 1, dtype=torch.float64) @ torch.tensor([[1.0, -3.0]], dtype=torch.float64)
+    curvature = ed.estimate_curvature(model, [x], also=("patches", "channels"), progress=False)
+    for method in ("kron-obd", "kron-obs"):
+        for limit in (0.3, 0.6, 0.9):
+            plan = ed.make_plan(
+                model, curvature, ed.Budget(params=limit), method=method, variant="official"
+            )
+            assert plan.price is None
+            assert plan.parameters[1] <= limit * plan.parameters[0]
+    views = _official_prices(model, curvature)
+    assert min(float(v.min()) for v in views) < 0, "or this shows nothing"
+
+
+def _official_prices(model: nn.Module, curvature: ed.Curvature) -> list[Tensor]:
+    found = []
+    for name, layer in ed.find_layers(model).compressible.items():
+        view = LayerView(name, layer.weight(), layer.bias(), curvature[name], 1e-3)
+        found.append(kron_obd.official_row_prices(view.W, view.S, view.A))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"method": "random", "form": "three"}, "factors no layer"),
+        ({"method": "eigendamage", "rank_by": "price"}, "methods that remove channels"),
+        ({"method": "random", "rank_by": "price_per_cost"}, "rank_by='price_per_cost' needs"),
+    ],
+)
+def test_options_without_effect_are_refused(options: dict[str, str], said: str) -> None:
+    model = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 4))
+    curvature = ed.estimate_curvature(
+        model, [torch.randn(8, 6)], also=("channels",), progress=False
+    )
+    with pytest.raises(ed.EigenDamageError, match=said):
+        ed.make_plan(model, curvature, ed.Budget(params=0.8), **options)
+
+
+def test_readers_that_are_factored_are_priced_as_they_are_left() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)
+    )
+    x = torch.randn(200, 8)
+    first = ed.compress(
+        model, [x], budget=ed.Budget(params=0.6), ignore="0", recalibrate=False, progress=False
+    )
+    assert "2" in first.plan.changed
+    curvature = ed.estimate_curvature(
+        first.model, [x], also=("patches", "channels"), progress=False
+    )
+    plan = ed.make_plan(
+        first.model, curvature, ed.Budget(params=0.8), method="kron-obs", damping=1e-6
+    )
+    action = plan.layers["2"].action
+    assert len(action.inputs) < 16
+    assert action.repair == "none"
+    layer = ed.find_layers(first.model).compressible["2"]
+    view = LayerView("2", layer.weight(), layer.bias(), curvature["2"], 1e-6)
+    X = view.W.clone()
+    gone = [c for c in range(16) if c not in action.inputs]
+    X[:, gone] = 0
+    assert plan.layers["2"].price == pytest.approx(quadratic(view.W, X, view.S, view.A), rel=1e-6)
+    assert plan.layers["0"].price == 0

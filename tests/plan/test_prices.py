@@ -109,7 +109,7 @@ def test_removing_anything_under_an_all_zero_factor_is_free_and_finite():
         D_S, D_A = damped(left, 1e-3), damped(right, 1e-3)
         S_inverse, A_inverse = inverse(left, 1e-3), inverse(right, 1e-3)
         for price in (
-            obs.weight_prices(W, left, right, 1e-3),
+            obs.weight_prices(W, inverse(left, 1e-3), inverse(right, 1e-3)),
             c_obs.row_prices(W, S_inverse, A_inverse),
             kron_obd.row_prices(W, D_S, D_A),
             kron_obs.row_prices(W, S_inverse, D_A),
@@ -221,7 +221,7 @@ def test_official_formulas_agree_with_the_papers_where_inputs_are_uncorrelated(r
 def test_c_obs_is_the_sum_over_single_weights_and_so_is_its_update(ranks):
     W, S, A = layer(ranks)
     S_inverse, A_inverse = inverse(S, 1e-3), inverse(A, 1e-3)
-    single = obs.weight_prices(W, S, A, 1e-3)
+    single = obs.weight_prices(W, inverse(S, 1e-3), inverse(A, 1e-3))
     torch.testing.assert_close(c_obs.row_prices(W, S_inverse, A_inverse), single.sum(1))
 
     pruned, F_inverse = [0, 2], torch.kron(S_inverse, A_inverse)
@@ -263,7 +263,7 @@ def test_a_single_column_has_the_closed_form_price():
 @every_rank
 def test_obs_is_what_removing_a_weight_costs_after_the_best_repair(ranks):
     W, S, A = layer(ranks)
-    price = obs.weight_prices(W, S, A, 1e-3)
+    price = obs.weight_prices(W, inverse(S, 1e-3), inverse(A, 1e-3))
     S, A = damped(S, 1e-3), damped(A, 1e-3)
     for at in ((0, 0), (1, 4), (3, 5)):
         free = torch.ones_like(W, dtype=torch.bool)
@@ -378,3 +378,49 @@ def test_duplicated_inputs_are_merged_without_loss():
     assert quadratic(W, full_size(X, list(range(ROWS)), list(range(5))), S, A) <= 1e-12
     torch.testing.assert_close(X[:, 4], W[:, 4] + W[:, 5], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(X[:, :4], W[:, :4], rtol=1e-6, atol=1e-6)
+
+
+def wide_layer(rows: int, columns: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    W = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
+    return W, moment(rows, 2 * rows, generator), moment(columns, 2 * columns, generator)
+
+
+@pytest.mark.parametrize("readers", [1, 2])
+def test_elimination_takes_the_cheapest_next_and_its_rises_add_up(readers):
+    """Against the joint update of every prefix, and against trying all channels at every step."""
+    groups = [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]]
+    cases = [wide_layer(6, 11, seed) for seed in range(readers)]
+
+    def joint(gone):
+        total = 0.0
+        for W, S, A in cases:
+            kept = [c for c in range(11) if c not in {c for g in gone for c in groups[g]}]
+            X = torch.zeros_like(W)
+            X[:, kept] = kron_obs.joint_update(W, S, A, range(6), kept, 0.0)
+            total += quadratic(W, X, S, A)
+        return total
+
+    prices = kron_obs.elimination_prices(
+        [kron_obs.Reader(W, S, inverse(A, 0.0), groups) for W, S, A in cases]
+    )
+    gone, spent, highest = [], 0.0, 0.0
+    while len(gone) < len(groups):
+        left = [g for g in range(len(groups)) if g not in gone]
+        rises = {g: joint([*gone, g]) - spent for g in left}
+        cheapest = min(rises, key=rises.get)
+        highest = max(highest, rises[cheapest])
+        assert float(prices[cheapest]) == pytest.approx(highest, rel=1e-9)
+        gone.append(cheapest)
+        spent = joint(gone)
+    alone = sum(kron_obs.column_prices(W, S, inverse(A, 0.0), groups) for W, S, A in cases)
+    assert float(prices.min()) == pytest.approx(float(alone.min()))
+
+
+def test_plain_column_prices_are_what_removing_them_costs_without_repair():
+    W, S, A = wide_layer(5, 7, 0)
+    groups = [[0, 1, 2], [3], [5, 6]]
+    for group, price in zip(groups, kron_obs.plain_column_prices(W, S, A, groups), strict=True):
+        X = W.clone()
+        X[:, group] = 0
+        assert float(price) == pytest.approx(quadratic(W, X, S, A), rel=1e-12)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import eigendamage as ed
 from eigendamage.layers import find_layers
+from eigendamage.plan import DepthwiseBlock
 from eigendamage.plan.prices.eigendamage import rotated_weight, unit_prices
 from eigendamage.plan.prices.eigendamage_dw import CP, block_price, cp_core, default_rank, layer_cp
 from eigendamage.surgery._factor import block_stages, depthwise_stages, factored_module
@@ -100,6 +101,44 @@ def test_more_terms_than_needed_do_no_harm() -> None:
     assert relative(found.tensor(), core) < 2e-3
 
 
+@pytest.mark.parametrize(
+    ("shape", "rank"),
+    [
+        # The unfolding by rows has fewer columns than terms.
+        ((16, 1, 9), 16),
+        ((10, 1, 9), 10),
+        ((20, 2, 9), 20),
+        ((64, 3, 9), 64),
+        ((7, 2, 3), 7),
+        # The one by columns has.
+        ((2, 7, 2), 7),
+        ((1, 16, 9), 16),
+        # One-dimensional kernels, and thin cores of more terms than any size.
+        ((12, 3, 3), 12),
+        ((5, 1, 3), 30),
+        ((1, 1, 9), 20),
+        ((1, 1, 2), 1),
+        ((4, 3, 9), 40),
+        ((6, 2, 3), 50),
+    ],
+)
+def test_there_may_be_more_terms_than_singular_vectors(
+    shape: tuple[int, int, int], rank: int
+) -> None:
+    core = normal(*shape)
+    found = cp_core(core, rank)
+    assert found.rank == rank
+    assert torch.equal(found.tensor(), cp_core(core, rank).tensor())
+    assert relative(found.tensor(), core) < 2e-3  # so many are always enough
+
+
+def test_scales_do_as_well_where_there_are_more_terms_than_singular_vectors() -> None:
+    core, rows = normal(16, 1, 9), normal(16, seed=1).abs()
+    found = cp_core(core, 16, row_scale=rows, column_scale=torch.ones(1))
+    weights = rows[:, None, None]
+    assert relative(weights * found.tensor(), weights * core) < 2e-3
+
+
 @given(seed=st.integers(0, 10_000), rank=st.integers(1, 6))
 @settings(max_examples=8, deadline=None)
 def test_in_its_own_metric_the_scaled_fit_is_no_worse(seed: int, rank: int) -> None:
@@ -158,8 +197,11 @@ def test_balancing_leaves_the_sum_and_zero_terms_alone() -> None:
     assert torch.equal(even.V[:, 1], cp.V[:, 1])
 
 
-def test_it_is_deterministic_and_leaves_random_states_backend_and_warnings_alone() -> None:
-    core = normal(6, 5, 9)
+@pytest.mark.parametrize("shape", [(6, 5, 9), (11, 1, 9)])
+def test_it_is_deterministic_and_leaves_random_states_backend_and_warnings_alone(
+    shape: tuple[int, int, int],
+) -> None:
+    core = normal(*shape)
     filters = list(warnings.filters)
     with tensorly.backend_context("pytorch"):
         first = cp_core(core, 11)
@@ -242,7 +284,13 @@ def test_on_a_quadratic_loss_the_measured_rise_is_the_price() -> None:
 
 
 def test_the_rank_is_the_larger_side() -> None:
-    assert default_rank(5, 7) == default_rank(7, 5) == 7
+    assert default_rank(5, 7, 9) == default_rank(7, 5, 9) == 7
+
+
+@given(rows=st.integers(1, 70), columns=st.integers(1, 70), offsets=st.integers(2, 49))
+def test_the_rank_is_never_more_than_a_core_can_need(rows: int, columns: int, offsets: int) -> None:
+    enough = min(rows * columns, rows * offsets, columns * offsets)
+    assert default_rank(rows, columns, offsets) == min(max(rows, columns), enough)
 
 
 # The layer.
@@ -266,6 +314,27 @@ def test_it_equals_a_dense_convolution_of_its_weight(name: str) -> None:
     if dense.bias is not None:
         dense.bias.data = model[0].bias.detach()
     torch.testing.assert_close(small(images()), dense(images()))
+
+
+@pytest.mark.parametrize("macs", [0.5, 0.2])
+def test_a_plan_of_thin_layers_is_met_and_applied(macs: float) -> None:
+    """One input channel and a 1x3 kernel; the larger side is more than the second layer needs."""
+    torch.manual_seed(0)
+    gray = nn.Conv2d(1, 16, 3, padding=1)
+    gray.bias.data.fill_(1.0)  # few directions hold the second layer's input, so few columns stay
+    row = nn.Conv2d(16, 64, (1, 3), padding=(0, 1))
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(256, 10))
+    model = nn.Sequential(gray, nn.Tanh(), row, nn.Tanh(), head).double().eval()
+    x = normal(12, 1, 6, 6)
+    curvature = ed.estimate_curvature(model, [x], progress=False)
+    plan = ed.make_plan(model, curvature, ed.Budget(macs=macs), method="eigendamage-dw")
+    action = plan.layers["2"].action
+    assert isinstance(action, DepthwiseBlock)
+    assert action.rank == 3 * len(action.columns) < len(action.rows)
+    small = ed.apply_plan(model, plan, curvature)
+    assert ed.count(small, x).macs == plan.macs[1] <= macs * ed.count(model, x).macs
+    assert bool(small(x).isfinite().all())
+    assert torch.equal(small(x), ed.apply_plan(model, plan, curvature)(x))
 
 
 def test_its_weight_is_the_decomposition_rotated_back() -> None:

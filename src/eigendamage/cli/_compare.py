@@ -85,10 +85,10 @@ def compare_command(
         progress=not quiet,
         on_row=tell,
     )
-    plot_comparison(result, out / "comparison.png")
     if as_json:
         typer.echo(result.model_dump_json(indent=1))
     print_comparison(result, console)
+    plot_comparison(result, out / "comparison.png")
     console.print(f"Written to {out}.")
 
 

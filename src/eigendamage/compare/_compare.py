@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from eigendamage.batches import Data, device_of
+from eigendamage.batches import Batches, Data, device_of
 from eigendamage.compare._competitor import ALL, Competitor
 from eigendamage.compare._contest import Contest
-from eigendamage.curvature import Curvature, Extra, Fisher, estimate_curvature
+from eigendamage.curvature import (
+    Curvature,
+    Extra,
+    Fisher,
+    estimate_curvature,
+    preserved_random_state,
+)
 from eigendamage.errors import (
     ChannelError,
     DataError,
@@ -78,38 +84,51 @@ def compare(
             train on although epochs are asked for.
         MismatchError: if the folder holds a comparison with other settings.
     """
-    competitors = [Competitor.of(name) for name in methods]
+    competitors = list(dict.fromkeys(Competitor.of(name) for name in methods))
     _refuse_bad_options(competitors, budgets, epochs, train_data)
+    # A generator is used up by the first row.
+    data = list(data) if isinstance(data, Iterator) else data
+    eval_data = list(eval_data) if isinstance(eval_data, Iterator) else eval_data
     folder = None if out is None else Path(out)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-    original = evaluate(model, eval_data, progress=progress)
-    settings = Settings(
-        model=type(model).__name__,
-        weights=_fingerprint(model),
-        unit=unit,
-        max_examples=max_examples,
-        train_batches=0 if train_data is None or not epochs else len(list(train_data())),
-        epochs=epochs,
-        learning_rate=learning_rate,
-        measured_on=measured_on,
-        measured_examples=original.examples,
-        fisher=fisher,
-        seed=seed,
-    )
-    rows = {(row.method, row.budget): row for row in _known_rows(folder, settings)}
+    with preserved_random_state():
+        training = train_data() if train_data is not None and epochs else None
+        settings = Settings(
+            model=type(model).__name__,
+            weights=_fingerprint(model.state_dict()),
+            data=_fingerprint(_first_batch(data)),
+            unit=unit,
+            max_examples=max_examples,
+            train_batches=0 if training is None else len(cast(Sized, training)),
+            train_data=None if training is None else _fingerprint(_first_batch(training)),
+            epochs=epochs,
+            learning_rate=learning_rate,
+            measured_on=measured_on,
+            eval_data=_fingerprint(_first_batch(eval_data)),
+            fisher=fisher,
+            seed=seed,
+        )
+    before = _known(folder, settings)
+    if before is None:
+        measured = evaluate(model, eval_data, progress=progress)
+        original, examples = Measured.of(measured), measured.examples
+    else:
+        original, examples = before.original, before.measured_examples
+    rows = {(row.method, row.budget): row for row in (before.rows if before else ())}
     environment = Environment.here(device_of(model), seed)
 
     def document() -> Comparison:
         return Comparison(
             command=command,
             settings=settings,
-            original=Measured.of(original),
+            original=original,
+            measured_examples=examples,
             rows=tuple(rows.values()),
             environment=environment,
         )
 
-    todo = [(c, f) for f in budgets for c in competitors if (c.name, f) not in rows]
+    todo = [(c, f) for f in dict.fromkeys(budgets) for c in competitors if (c.name, f) not in rows]
     if not todo:
         return document()
     extras: set[Extra] = {extra for competitor, _ in todo for extra in needs(competitor.method)}
@@ -139,23 +158,34 @@ def compare(
     return document()
 
 
-def _fingerprint(model: nn.Module) -> str:
+def _fingerprint(tensors: Mapping[str, Any]) -> str:
+    """SHA-256 over the names and values of tensors."""
     digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
+    for name, tensor in tensors.items():
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        if isinstance(tensor, Tensor):
+            flat = tensor.detach().cpu().contiguous().flatten()
+            digest.update(str(tuple(tensor.shape)).encode())
+            digest.update(flat.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
-def _known_rows(folder: Path | None, settings: Settings) -> tuple[Row, ...]:
-    """The rows of an earlier run with the same settings.
+def _first_batch(data: Data) -> dict[str, Any]:
+    """The tensors of the first batch, to know the data again by."""
+    batch = Batches(data, torch.device("cpu")).peek()
+    found = {f"input {index}": x for index, x in enumerate(batch.args)}
+    return {**found, **batch.kwargs, "target": batch.target}
+
+
+def _known(folder: Path | None, settings: Settings) -> Comparison | None:
+    """An earlier run with the same settings.
 
     Raises:
         MismatchError: if the settings were others.
     """
     file = None if folder is None else folder / "comparison.json"
     if file is None or not file.exists():
-        return ()
+        return None
     before = Comparison.load(file)
     for name, now in settings:
         then = getattr(before.settings, name)
@@ -164,7 +194,7 @@ def _known_rows(folder: Path | None, settings: Settings) -> tuple[Row, ...]:
                 f"{file} holds a comparison with {name} {then!r}, now it is {now!r}; name another "
                 f"folder, or remove that file to start again"
             )
-    return before.rows
+    return before
 
 
 def _shared_curvature(

@@ -26,7 +26,8 @@ class Competitor:
         """Read a name.
 
         Raises:
-            EigenDamageError: if it is of another form, or there is no such method or variant.
+            EigenDamageError: if it is of another form, there is no such method or variant, or a
+                method that masks is to do so in rounds.
         """
         found = _NAME.fullmatch(name.strip())
         if found is None:
@@ -39,7 +40,10 @@ class Competitor:
         rounds = int(found["rounds"] or 1)
         if rounds < 1:
             raise EigenDamageError(f"'{name}' asks for {rounds} rounds; at least 1 is needed")
-        return cls(name.strip(), method, variant, rounds)
+        one = cls(name.strip(), method, variant, rounds)
+        if one.masks and rounds > 1:
+            raise EigenDamageError(f"'{name}': masks are set once; name '{method}' without rounds")
+        return one
 
     @property
     def masks(self) -> bool:

@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from eigendamage.batches import Data
 from eigendamage.compare._competitor import Competitor
 from eigendamage.compress import compress
-from eigendamage.curvature import Curvature, Fisher
-from eigendamage.errors import BudgetError, NothingToCompressError
+from eigendamage.curvature import Curvature, Fisher, preserved_random_state
+from eigendamage.errors import EigenDamageError
 from eigendamage.measure import Evaluation, evaluate
 from eigendamage.plan import Budget, Unit, needs
 from eigendamage.report import Measured, Row
@@ -57,10 +58,14 @@ class Contest:
         if self.no_channels is not None and "channels" in needs(competitor.method):
             return Row(method=competitor.name, budget=fraction, refused=self.no_channels)
         try:
-            if competitor.rounds > 1:
-                return self._in_rounds(competitor, fraction, budget)
-            return self._at_once(competitor, fraction, budget)
-        except (BudgetError, NothingToCompressError) as error:
+            # Dropout draws the same for every row, whichever came before, and not from the caller.
+            with preserved_random_state():
+                torch.manual_seed(self.seed)
+                if competitor.rounds > 1:
+                    return self._in_rounds(competitor, fraction, budget)
+                return self._at_once(competitor, fraction, budget)
+        except EigenDamageError as error:
+            # One method that cannot do this model must not end what the others began.
             return Row(method=competitor.name, budget=fraction, refused=str(error))
 
     def _in_rounds(self, competitor: Competitor, fraction: float, budget: Budget) -> Row:
@@ -83,14 +88,21 @@ class Contest:
         )
         spent = time.perf_counter() - start
         last = result.rounds[-1]
-        macs = last.compressed.report.macs[1] / result.rounds[0].compressed.report.macs[0]
+        # A round's report is relative to the round before it; a row is to the original.
+        report = last.compressed.report
+        handed_back = Measured.of(self._measured(last.compressed.model))
+        surgery, recalibrated = handed_back, None
+        if report.recalibrated is not None:
+            surgery = report.compressed.model_copy(update={"divergence": None})
+            recalibrated = handed_back
+        macs = report.macs[1] / result.rounds[0].compressed.report.macs[0]
         return Row(
             method=competitor.name,
             budget=fraction,
             macs=macs,
             parameters=_left(result.model, self.model),
-            surgery=last.compressed.report.compressed,
-            recalibrated=last.compressed.report.recalibrated,
+            surgery=surgery,
+            recalibrated=recalibrated,
             tuned=None if last.tuned is None else Measured.of(last.tuned),
             seconds={"rounds": spent},
             masks=competitor.masks,
@@ -138,7 +150,12 @@ class Contest:
 
 def _left(model: nn.Module, original: nn.Module) -> float:
     """Parameters of a model that are not masked to zero, as a fraction of the original's."""
-    masked = sum(int((m == 0).sum()) for n, m in model.named_buffers() if n.endswith("_mask"))
+    buffers = dict(model.named_buffers())
+    masked = sum(
+        int((buffers[mask] == 0).sum())
+        for name, _ in model.named_parameters()
+        if name.endswith("_orig") and (mask := f"{name.removesuffix('_orig')}_mask") in buffers
+    )
     return (_parameters(model) - masked) / _parameters(original)
 
 

@@ -87,7 +87,7 @@ class BlockThreshold(GlobalThreshold[BlockCut]):
         if (len(rows), len(columns)) == prices.ranks:
             return Choice(Keep(reason="all its units stay"), candidate.cost, 0.0)
         if self._form == "depthwise" and shape.offsets > 1:
-            rank = default_rank(len(rows), len(columns))
+            rank = default_rank(len(rows), len(columns), shape.offsets)
             action = DepthwiseBlock(rows=rows, columns=columns, rank=rank)
             cost = shape.factored(rank, rank, "depthwise")
         else:

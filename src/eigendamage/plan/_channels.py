@@ -253,7 +253,7 @@ def plan_channels(
                 # A group is named after its first producer, so this is a layer in any case.
                 by_name[layer] = (by_name[layer] or 0.0) + float(each[gone].sum())
     for name, action in actions.items():
-        by_name[name] = _repaired_price(views[name], action, by_name[name])
+        by_name[name] = _repaired_price(views[name], action, rule.repair, by_name[name])
     return Result(
         actions=actions,
         costs={
@@ -276,17 +276,20 @@ def plan_channels(
     )
 
 
-def _repaired_price(layer: LayerView, action: Channels, alone: float | None) -> float | None:
-    """What the quadratic says of all that goes at once; ``alone``, the sum, where none is solved.
+def _repaired_price(
+    layer: LayerView, action: Channels, repair: Repair, alone: float | None
+) -> float | None:
+    """What the quadratic says of all that goes at once, where the method has an optimum for it.
 
     A channel is one event, though a layer makes and others read it: where both are repaired, the
-    filters are priced.
+    filters are priced. ``alone`` is the sum of the prices, for methods without an optimum.
     """
-    match action.repair:
+    every_row, every_column = range(layer.W.shape[0]), range(layer.W.shape[1])
+    match repair:
         case "rows" | "both":
-            return rise(layer, action.outputs, range(layer.W.shape[1]), "rows")
+            mine: Repair = "rows" if action.repair == repair else "none"
+            return rise(layer, action.outputs, every_column, mine)
         case "columns":
-            columns = layer.kept_columns(action.inputs)
-            return rise(layer, range(layer.W.shape[0]), columns, "columns")
+            return rise(layer, every_row, layer.kept_columns(action.inputs), action.repair)
         case _:
             return alone

@@ -185,7 +185,13 @@ def check_options(
         if given not in choices:
             known = ", ".join(str(choice) for choice in choices if choice is not None)
             raise EigenDamageError(f"{what} '{given}' is unknown; known are {known}")
-    return variant_of(method, variant)
+    meant = variant_of(method, variant)
+    blocks = isinstance(method_named(method), BlockMethod)
+    if form != "cheapest" and not blocks:
+        raise EigenDamageError(f"form='{form}' is for eigendamage; '{method}' factors no layer")
+    if rank_by is not None and not isinstance(method_named(method), ChannelMethod):
+        raise EigenDamageError(f"rank_by is for methods that remove channels, not for '{method}'")
+    return meant
 
 
 def _matching(model: nn.Module, curvature: Curvature) -> dict[str, Layer]:

@@ -108,17 +108,26 @@ def _by_rows(price: Callable[[LayerView], Float[Tensor, " o"]]) -> PriceGroup:
 
 
 def _by_elimination(group: GroupView, _generator: torch.Generator) -> GroupPrices:
-    """Kron-OBS over the columns that read a unit, in backward elimination over all readers."""
-    readers = [
-        kron_obs.Reader(
-            end.layer.W,
-            end.layer.S,
-            end.layer.A_inverse,
-            [end.layer.columns(inputs) for inputs in end.units],
+    """Kron-OBS over the columns that read a unit, in backward elimination over all readers.
+
+    A factored reader is not repaired, so there it is the price of the columns as they are.
+    """
+    repaired = [end for end in group.readers if not end.layer.factored]
+    prices: dict[str, Tensor] = {}
+    if repaired:
+        prices[group.name] = kron_obs.elimination_prices(
+            [
+                kron_obs.Reader(y.W, y.S, y.A_inverse, [y.columns(unit) for unit in end.units])
+                for end in repaired
+                for y in (end.layer,)
+            ]
         )
-        for end in group.readers
-    ]
-    return {group.name: kron_obs.elimination_prices(readers)}
+    for end in group.readers:
+        y = end.layer
+        if y.factored:
+            columns = [y.columns(unit) for unit in end.units]
+            prices[y.name] = kron_obs.plain_column_prices(y.W, y.S, y.A, columns)
+    return prices
 
 
 def _without_data(price: Callable[[GroupView], GroupPrices | None]) -> PriceGroup:
@@ -129,7 +138,7 @@ def _without_data(price: Callable[[GroupView], GroupPrices | None]) -> PriceGrou
 
 
 def _obs_prices(layer: LayerView) -> Float[Tensor, "o i K"]:
-    priced = obs.weight_prices(layer.W, layer.S, layer.A, 0.0)
+    priced = obs.weight_prices(layer.W, layer.S_inverse, layer.A_inverse)
     weights = layer.weight.shape[1] * layer.weight.shape[2]
     return priced[:, :weights].reshape(layer.weight.shape)
 
@@ -157,6 +166,7 @@ METHODS: Mapping[str, Method] = {
             "official": ChannelRule(
                 _by_rows(lambda y: kron_obs.official_row_prices(y.W, y.S_inverse, y.A)),
                 "rows one at a time",
+                is_rise=False,  # Σ(w²A) is no quadratic form, and can be below zero
             ),
         },
     ),
@@ -166,7 +176,7 @@ METHODS: Mapping[str, Method] = {
         {
             "paper": ChannelRule(_by_rows(lambda y: kron_obd.row_prices(y.W, y.S, y.A))),
             "official": ChannelRule(
-                _by_rows(lambda y: kron_obd.official_row_prices(y.W, y.S, y.A))
+                _by_rows(lambda y: kron_obd.official_row_prices(y.W, y.S, y.A)), is_rise=False
             ),
         },
     ),

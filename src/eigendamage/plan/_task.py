@@ -43,7 +43,14 @@ class Task:
     def view(self, name: str) -> LayerView:
         """A layer as the prices see it."""
         layer = self.layers[name]
-        return LayerView(name, layer.weight(), layer.bias(), self.curvature[name], self.damping)
+        return LayerView(
+            name,
+            layer.weight(),
+            layer.bias(),
+            self.curvature[name],
+            self.damping,
+            factored=not isinstance(layer.module, nn.Linear | nn.Conv2d),
+        )
 
     def refuse_non_finite(self, name: str, prices: Tensor) -> None:
         """Raise NonFiniteError if a price is not a number."""

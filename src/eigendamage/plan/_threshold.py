@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Callable
@@ -87,7 +88,7 @@ class GlobalThreshold(ABC, Generic[C]):
 
     def _steps(self) -> list[float]:
         """All thresholds that make a difference; the first changes nothing."""
-        return [-1.0, *self.units().unique().tolist()]
+        return [-math.inf, *self.units().unique().tolist()]
 
     def _first_step(self, holds: Callable[[C], bool], unit: Unit) -> float | None:
         """The mildest threshold at which a property holds that stays true for stronger ones.
@@ -128,7 +129,7 @@ class GlobalThreshold(ABC, Generic[C]):
 def threshold_at(units: Float[Tensor, " units"], ratio: float) -> float:
     """The price that the cheapest ``ratio`` of all units do not exceed; below all of them at 0."""
     if ratio <= 0:
-        return -1.0
+        return -math.inf
     return float(units.sort().values[min(int(ratio * len(units)), len(units) - 1)])
 
 

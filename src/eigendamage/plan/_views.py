@@ -25,6 +25,8 @@ class LayerView:
         bias: (o,), if it has one.
         curvature: of the layer.
         damping: added to S and A, relative to their mean diagonal.
+        factored: whether its weight is a product of stages, which is not repaired: the result would
+            not fit its ranks.
     """
 
     name: str
@@ -32,6 +34,7 @@ class LayerView:
     bias: Float[Tensor, " o"] | None
     curvature: LayerCurvature
     damping: float
+    factored: bool = False
 
     @cached_property
     def W(self) -> Float[Tensor, "o m"]:

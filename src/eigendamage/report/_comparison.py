@@ -17,26 +17,30 @@ class Settings(Frozen):
     Attributes:
         model: class name of the model.
         weights: SHA-256 of the model's parameters and buffers.
+        data: SHA-256 of the first batch of the inputs; likewise ``train_data`` and ``eval_data``.
         unit: what budgets are fractions of.
         max_examples: the most examples of the curvature; None for all of the data.
         train_batches: batches of one epoch of training; 0 for none.
+        train_data: SHA-256 of the first of them.
         epochs: of training after each compression, divided among the rounds where there are any.
         learning_rate: its peak.
         measured_on: what the models were measured on, in words.
-        measured_examples: how many examples that is.
+        eval_data: SHA-256 of the first batch to measure on.
         fisher: which labels the curvature takes.
         seed: of label draws.
     """
 
     model: str
     weights: str
+    data: str
     unit: Literal["macs", "params"]
     max_examples: int | None
     train_batches: int
+    train_data: str | None
     epochs: int
     learning_rate: float
     measured_on: str
-    measured_examples: int
+    eval_data: str
     fisher: str
     seed: int
 
@@ -85,6 +89,7 @@ class Comparison(Document):
         command: what made it.
         settings: what every row shares.
         original: the model as it was.
+        measured_examples: how many examples all models were measured on.
         rows: a method at a budget each, in the order in which they were asked for.
         environment: versions, device, threads.
     """
@@ -93,6 +98,7 @@ class Comparison(Document):
     command: str
     settings: Settings
     original: Measured
+    measured_examples: int
     rows: tuple[Row, ...]
     environment: Environment
 

@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from eigendamage.errors import NothingToCompressError
 from eigendamage.files import written_beside
 from eigendamage.report._comparison import Comparison, Row
 from eigendamage.report._report import Measured
@@ -22,7 +23,7 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
     settings, original = comparison.settings, comparison.original
     console.print(
         f"{settings.model}: accuracy {percent(original.accuracy)}, loss {number(original.loss)} on "
-        f"{settings.measured_examples} examples of {settings.measured_on}"
+        f"{comparison.measured_examples} examples of {settings.measured_on}"
     )
     for budget in sorted({row.budget for row in comparison.rows}, reverse=True):
         console.print(_table(comparison, budget))
@@ -31,7 +32,7 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
 def _table(comparison: Comparison, budget: float) -> Table:
     settings = comparison.settings
     table = Table(
-        title=f"{budget:.0%} of the {'MACs' if settings.unit == 'macs' else 'parameters'}",
+        title=f"{100 * budget:g}% of the {'MACs' if settings.unit == 'macs' else 'parameters'}",
         box=None,
         padding=(0, 1, 0, 0),
     )
@@ -92,6 +93,9 @@ def plot_comparison(comparison: Comparison, path: str | Path) -> None:
     Args:
         comparison: what to draw.
         path: an image file; its suffix says of what kind (``.png``, ``.svg``, ``.pdf``).
+
+    Raises:
+        NothingToCompressError: if no method removed anything.
     """
     # matplotlib takes a second to import, which only those who draw should spend.
     from matplotlib.figure import Figure  # noqa: PLC0415
@@ -107,6 +111,10 @@ def plot_comparison(comparison: Comparison, path: str | Path) -> None:
     if settings.epochs:
         epochs = "1 epoch" if settings.epochs == 1 else f"{settings.epochs} epochs"
         stages.append((f"after {epochs} of training", "tuned"))
+    if not any(row.final is not None and not row.masks for row in comparison.rows):
+        raise NothingToCompressError(
+            "there is nothing to draw: no method of the comparison removed anything"
+        )
     stages = [s for s in stages if any(getattr(r, s[1]) for r in comparison.rows)]
     drawn = [r for r in comparison.rows if r.macs is not None and not r.masks]
     methods = list(dict.fromkeys(row.method for row in drawn))
@@ -145,7 +153,7 @@ def plot_comparison(comparison: Comparison, path: str | Path) -> None:
     handles, labels = axes[0, -1].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", fontsize=8, frameon=False)
     figure.suptitle(
-        f"{settings.model}, {settings.measured_examples} examples of {settings.measured_on}; "
+        f"{settings.model}, {comparison.measured_examples} examples of {settings.measured_on}; "
         f"dotted: the original",
         fontsize=10,
     )

@@ -8,7 +8,6 @@ multiplied into the rotations.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import numpy as np
 import tensorly
 import torch
 from jaxtyping import Float
+from tensorly.cp_tensor import CPTensor
 from tensorly.decomposition import parafac
 from torch import Tensor
 
@@ -66,13 +66,13 @@ class CP:
         return CP(self.U * scale[0], self.S * scale[1].unsqueeze(1), self.V * scale[2])
 
 
-def default_rank(rows: int, columns: int) -> int:
-    """R = max(r_o, r_i).
+def default_rank(rows: int, columns: int, offsets: int) -> int:
+    """R = min(max(r_o, r_i), K min(r_o, r_i)).
 
-    The paper's code takes the smaller side. At equal multiply-accumulates the larger one, with more
-    units removed, has the lower price.
+    The larger side, where the paper's code takes the smaller one, but no more terms than a core of
+    shape (r_o, r_i, K) can need, min(r_o r_i, r_o K, r_i K); r_o r_i is at least the larger side.
     """
-    return max(rows, columns)
+    return min(max(rows, columns), offsets * min(rows, columns))
 
 
 def cp_core(
@@ -92,7 +92,7 @@ def cp_core(
 
     Args:
         core: the kept block of W'.
-        rank: R, the number of terms; may exceed any of the three sizes.
+        rank: R, the number of terms, of any size.
         row_scale: weight of a row's error, not negative. Below a thousandth of the largest it
             counts as that, so that zero is no problem. None weighs all alike.
         column_scale: likewise for columns.
@@ -115,18 +115,16 @@ def cp_core(
     if size == 0:
         none = [torch.zeros(n, rank, dtype=torch.float64) for n in core.shape]
         return CP(U=none[0], S=none[2].T, V=none[1])
-    with _tensorly_on_numpy(), warnings.catch_warnings():
-        # Fewer singular vectors than terms is what the random state is for.
-        warnings.filterwarnings("ignore", message="Trying to compute SVD with n_eigenvecs")
+    unit = (scaled / size).numpy()
+    with _tensorly_on_numpy():
         fitted = parafac(
-            (scaled / size).numpy(),
+            unit,
             rank,
             n_iter_max=_SWEEPS,
-            init="svd",
+            init=_start(unit, rank),  # pyright: ignore[reportArgumentType]
             tol=_TOLERANCE,
-            random_state=0,
             l2_reg=_RIDGE,  # pyright: ignore[reportArgumentType]
-            linesearch=True,  # as low an error in a fifth of the sweeps
+            linesearch=True,
         )
     out, into, kernel = (torch.from_numpy(np.ascontiguousarray(f)) for f in fitted.factors)
     found = CP(U=size * out / by_row[:, None], S=kernel.T, V=into / by_column[:, None])
@@ -165,6 +163,22 @@ def block_price(
     error = rotated.double().clone()
     error[torch.tensor(rows)[:, None], torch.tensor(columns)] -= cp.tensor().to(error)
     return float(0.5 * (eigenvalues.to(error) * error.square()).sum())
+
+
+def _start(core: Float[np.ndarray, "o i K"], rank: int) -> CPTensor:
+    """Terms to start from: the left singular vectors of each unfolding, the leading R of them.
+
+    An unfolding of m rows and n columns has min(m, n); more terms start from random columns of a
+    seed of their own. Tensorly's own start has too few columns wherever n is below both m and R.
+    """
+    random = np.random.RandomState(0)
+    factors: list[np.ndarray] = []
+    for mode, size in enumerate(core.shape):
+        unfolding = np.moveaxis(core, mode, 0).reshape(size, -1)
+        vectors, _, _ = np.linalg.svd(unfolding, full_matrices=False)
+        more = random.random_sample((size, max(0, rank - vectors.shape[1])))
+        factors.append(np.concatenate([vectors[:, :rank], more], axis=1))
+    return CPTensor((None, factors))
 
 
 def _scale(scale: Tensor | None, size: int) -> Float[Tensor, " size"]:

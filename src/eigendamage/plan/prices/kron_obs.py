@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from eigendamage.plan.prices._inverse import damped, solve
@@ -55,12 +55,35 @@ def column_prices(
     for at, group in enumerate(groups):
         of_size[len(group)].append(at)
     for members in of_size.values():
-        g = torch.tensor([list(groups[at]) for at in members], device=wide.device)
-        blocks = torch.linalg.cholesky(P[g[:, :, None], g[:, None, :]])
-        worth = torch.einsum("ogk,ogl->gkl", wide[:, g], moved[:, g])
-        solved = torch.cholesky_solve(worth, blocks)
-        prices[members] = 0.5 * solved.diagonal(dim1=1, dim2=2).sum(1)
+        columns = torch.tensor([list(groups[at]) for at in members], device=wide.device)
+        prices[members] = _after_repair(wide, moved, P, columns)
     return prices
+
+
+def plain_column_prices(
+    W: Float[Tensor, "o m"],
+    S: Float[Tensor, "o o"],
+    A: Float[Tensor, "m m"],
+    groups: Sequence[Sequence[int]],
+) -> Float[Tensor, " groups"]:
+    """½ tr S W_g A_gg W_gᵀ: removing the columns g with nothing repaired, in float64."""
+    wide, moments = W.double(), A.double()
+    moved = S.double() @ wide
+    return torch.stack(
+        [0.5 * (wide[:, g].T @ moved[:, g] * moments[g][:, g]).sum() for g in map(list, groups)]
+    )
+
+
+def _after_repair(
+    V: Float[Tensor, "o m"],
+    moved: Float[Tensor, "o m"],
+    P: Float[Tensor, "m m"],
+    columns: Int[Tensor, "n g"],
+) -> Float[Tensor, " n"]:
+    """½ tr S V_g (P_gg)⁻¹ V_gᵀ for groups of columns of equal size; ``moved`` is S V."""
+    blocks = torch.linalg.cholesky(P[columns[:, :, None], columns[:, None, :]])
+    worth = torch.einsum("ogk,ogl->gkl", V[:, columns], moved[:, columns])
+    return 0.5 * torch.cholesky_solve(worth, blocks).diagonal(dim1=1, dim2=2).sum(1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,10 +109,10 @@ def elimination_prices(readers: Sequence[Reader]) -> Float[Tensor, " channels"]:
     Channels go one at a time, each time the one whose removal raises ½ tr S (W−X) A (W−X)ᵀ least,
     summed over the readers under their optimal X: with P = A_LL⁻¹ of what is left and V = X it is
     ½ tr S V_g (P_gg)⁻¹ V_gᵀ; then V ← V − V_g P_gg⁻¹ P_g: and P its Schur complement. So a price
-    knows of the channels that went before, unlike `column_prices`, and the sum over the first ones
-    is what they cost together. A price that falls below an earlier one counts as that one, so that
-    the order is that of the prices. In float64. Cost: an (o × m) and an (m × m) update of rank
-    |g| a channel and reader.
+    knows of the channels that went before, unlike `column_prices`, and these rises add up to what
+    the first ones cost together. Where one is below an earlier one the price is that of the earlier
+    one, so that prices are in the order of removal; their sum is then above the joint rise. In
+    float64. Cost: an (o × m) and an (m × m) update of rank |g| a channel and reader.
 
     Args:
         readers: the layers that read the channels; every one has all channels.
@@ -121,11 +144,8 @@ class _Elimination:
 
     def prices(self, channels: Sequence[int]) -> Float[Tensor, " channels"]:
         """½ tr S V_g (P_gg)⁻¹ V_gᵀ for each of these channels."""
-        g = self._groups[list(channels)]
-        blocks = torch.linalg.cholesky(self._inverse[g[:, :, None], g[:, None, :]])
-        worth = torch.einsum("ogk,ogl->gkl", self._weight[:, g], self._moved[:, g])
-        solved = torch.cholesky_solve(worth, blocks)
-        return 0.5 * solved.diagonal(dim1=1, dim2=2).sum(1)
+        columns = self._groups[list(channels)]
+        return _after_repair(self._weight, self._moved, self._inverse, columns)
 
     def remove(self, channel: int) -> None:
         """Take a channel out and repair the rest."""

@@ -9,21 +9,18 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from eigendamage.plan.prices._inverse import damped, inverse
+from eigendamage.plan.prices._inverse import damped
 from eigendamage.plan.prices._quadratic import quadratic
 
 
 def weight_prices(
-    W: Float[Tensor, "o m"], S: Float[Tensor, "o o"], A: Float[Tensor, "m m"], damping: float
+    W: Float[Tensor, "o m"], S_inverse: Float[Tensor, "o o"], A_inverse: Float[Tensor, "m m"]
 ) -> Float[Tensor, "o m"]:
-    """½ θ² / ([S⁻¹]_rr [A⁻¹]_jj) for each weight (their eq. 5), of the damped factors, in float64.
+    """½ θ² / ([S⁻¹]_rr [A⁻¹]_jj) for each weight (their eq. 5), in float64.
 
     The exact rise of the quadratic for one weight that goes alone and optimal repair.
-
-    Raises:
-        EigenDamageError: if the damping does not make a singular factor invertible.
     """
-    alone = torch.outer(inverse(S, damping).diagonal(), inverse(A, damping).diagonal())
+    alone = torch.outer(S_inverse.double().diagonal(), A_inverse.double().diagonal())
     return 0.5 * W.double().square() / alone
 
 
