@@ -328,7 +328,6 @@ TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "curvature-cost": ("curvature_cost.json", curvature_cost),
     "resnet20-cifar10": ("resnet20_cifar10.json", resnet20_cifar10),
     "compare": ("compare.json", compare),
-    "compare-resnet20": ("compare_resnet20.json", compare),
 }
 """The result file and the renderer of each table; ``demo-picture`` is the one more there is."""
 

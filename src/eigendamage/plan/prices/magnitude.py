@@ -1,7 +1,8 @@
 """Magnitude: channels by the size of the filters that make them. No data; a baseline.
 
 Li, Kadav, Durdanovic, Samet, Graf, "Pruning filters for efficient ConvNets", ICLR 2017, over
-coupled layers and all groups at once, so relative to each group's mean.
+coupled layers and all groups at once, so relative to each group's mean; by the squared Euclidean
+norm, which adds up over layers, where they take the sum of absolute values.
 """
 
 from __future__ import annotations
