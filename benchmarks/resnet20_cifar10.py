@@ -126,7 +126,12 @@ def main() -> None:
                 ("ours (default): λ, cheapest form", "ekfac", "cheapest"),
             ):
                 plan = ed.make_plan(
-                    model, curvature, ed.Budget(macs=budget), eigenvalues=eigenvalues, form=form
+                    model,
+                    curvature,
+                    ed.Budget(macs=budget),
+                    method="eigendamage",
+                    eigenvalues=eigenvalues,
+                    form=form,
                 )
                 candidates[label] = (ed.apply_plan(model, plan, curvature), plan.price)
             for label, (small, predicted) in candidates.items():

@@ -156,7 +156,12 @@ def test_rounds_are_ranked_by_the_distance_from_the_original() -> None:
         progress=False,
     )
     rounds = ed.compress_in_rounds(
-        network(), unlabelled, budget=ed.Budget(macs=0.4), rounds=2, progress=False
+        network(),
+        unlabelled,
+        budget=ed.Budget(macs=0.4),
+        method="eigendamage",
+        rounds=2,
+        progress=False,
     )
     true = ed.evaluate(rounds.model, unlabelled, reference=network(), progress=False)
     assert result.rows[0].final is not None
@@ -241,7 +246,7 @@ def test_nothing_to_draw_is_said(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"methods": ("magic",)}, "method 'magic' is unknown; known are eigendamage"),
+        ({"methods": ("magic",)}, "method 'magic' is unknown; known are auto, eigendamage"),
         ({"methods": ("kron-obs:magic",)}, "its variants are readers"),
         ({"methods": ("a b",)}, "the form is METHOD"),
         ({"methods": ("random@0",)}, "asks for 0 rounds"),

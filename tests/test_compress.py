@@ -41,6 +41,7 @@ def test_the_whole_way(tmp_path: Path) -> None:
         model,
         x.split(8),
         budget=ed.Budget(macs=0.5),
+        method="eigendamage",
         eval_data=[(x, y)],
         calibration_examples=8,
         progress=False,
@@ -70,7 +71,14 @@ def test_the_whole_way(tmp_path: Path) -> None:
 def test_same_seed_same_result() -> None:
     x, _ = _data()
     results = [
-        ed.compress(_network(), [x], budget=ed.Budget(params=0.5), seed=4, progress=False)
+        ed.compress(
+            _network(),
+            [x],
+            budget=ed.Budget(params=0.5),
+            method="eigendamage",
+            seed=4,
+            progress=False,
+        )
         for _ in range(2)
     ]
     assert results[0].plan == results[1].plan
@@ -80,7 +88,9 @@ def test_same_seed_same_result() -> None:
 
 def test_without_labels_or_held_out_data_the_report_says_so() -> None:
     x, _ = _data()
-    report = ed.compress(_network(), [x], budget=ed.Budget(macs=0.6), progress=False).report
+    report = ed.compress(
+        _network(), [x], budget=ed.Budget(macs=0.6), method="eigendamage", progress=False
+    ).report
     assert report.measured_on == "data"
     assert report.original.accuracy is None
     assert report.measured_rise is None
@@ -90,9 +100,16 @@ def test_without_labels_or_held_out_data_the_report_says_so() -> None:
 
 def test_another_budget_takes_the_curvature_that_is_there() -> None:
     model, (x, _) = _network(), _data()
-    first = ed.compress(model, [x], budget=ed.Budget(macs=0.7), progress=False)
+    first = ed.compress(
+        model, [x], budget=ed.Budget(macs=0.7), method="eigendamage", progress=False
+    )
     second = ed.compress(
-        model, [x], budget=ed.Budget(macs=0.4), curvature=first.curvature, progress=False
+        model,
+        [x],
+        budget=ed.Budget(macs=0.4),
+        method="eigendamage",
+        curvature=first.curvature,
+        progress=False,
     )
     assert second.curvature is first.curvature
     assert "curvature" not in second.report.seconds
@@ -111,7 +128,12 @@ def test_outputs_without_a_second_axis(loss: str) -> None:
 
     x, y = torch.randn(16, 8), torch.randint(0, 2, (16,)).float()
     report = ed.compress(
-        Flat(), [(x, y)], budget=ed.Budget(params=0.8), loss=loss, progress=False
+        Flat(),
+        [(x, y)],
+        budget=ed.Budget(params=0.8),
+        method="eigendamage",
+        loss=loss,
+        progress=False,
     ).report
     assert report.final.loss is not None
     assert report.final.divergence is not None
@@ -134,6 +156,7 @@ def test_a_function_as_loss_of_any_output_compresses() -> None:
         Detector(),
         [(x, y)],
         budget=ed.Budget(params=0.7),
+        method="eigendamage",
         loss=loss,
         fisher="empirical",
         progress=False,
@@ -167,11 +190,14 @@ def test_what_cannot_be_meant_is_refused_before_anything_runs() -> None:
 
 def test_the_same_ignore_goes_with_a_curvature_that_had_it() -> None:
     model, (x, _) = _network(), _data()
-    first = ed.compress(model, [x], budget=ed.Budget(macs=0.8), ignore="0", progress=False)
+    first = ed.compress(
+        model, [x], budget=ed.Budget(macs=0.8), method="eigendamage", ignore="0", progress=False
+    )
     second = ed.compress(
         model,
         [x],
         budget=ed.Budget(macs=0.7),
+        method="eigendamage",
         ignore="0",
         curvature=first.curvature,
         progress=False,
@@ -183,14 +209,23 @@ def test_a_curvature_of_another_loss_is_refused() -> None:
     model, (x, _) = _network(), _data()
     curvature = ed.estimate_curvature(model, [x], loss="mse", progress=False)
     with pytest.raises(ed.MismatchError, match="of the loss 'mse'"):
-        ed.compress(model, [x], budget=ed.Budget(macs=0.5), curvature=curvature, progress=False)
+        ed.compress(
+            model,
+            [x],
+            budget=ed.Budget(macs=0.5),
+            method="eigendamage",
+            curvature=curvature,
+            progress=False,
+        )
 
 
 def test_the_random_state_is_as_before() -> None:
     x, y = _data()
     loader = DataLoader(TensorDataset(x, y), batch_size=8, shuffle=True)
     state = torch.get_rng_state()
-    ed.compress(_network_at(state), loader, budget=ed.Budget(macs=0.5), progress=False)
+    ed.compress(
+        _network_at(state), loader, budget=ed.Budget(macs=0.5), method="eigendamage", progress=False
+    )
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -203,15 +238,21 @@ def _network_at(state: Tensor) -> nn.Module:
 def test_a_generator_is_data_too() -> None:
     model, (x, _) = _network(), _data()
     budget = ed.Budget(macs=0.6)
-    listed = ed.compress(model, list(x.split(8)), budget=budget, progress=False)
-    made = ed.compress(model, (part for part in x.split(8)), budget=budget, progress=False)
+    listed = ed.compress(
+        model, list(x.split(8)), budget=budget, method="eigendamage", progress=False
+    )
+    made = ed.compress(
+        model, (part for part in x.split(8)), budget=budget, method="eigendamage", progress=False
+    )
     assert listed.plan == made.plan
     assert listed.report.compressed == made.report.compressed
 
 
 def test_a_budget_of_one_returns_the_model_unchanged_and_says_so() -> None:
     model, (x, _) = _network(), _data()
-    result = ed.compress(model, [x], budget=ed.Budget(macs=1.0), progress=False)
+    result = ed.compress(
+        model, [x], budget=ed.Budget(macs=1.0), method="eigendamage", progress=False
+    )
     assert result.model is not model
     assert torch.equal(result.model(x), model(x))
     assert str(result.model) == str(model)
@@ -221,27 +262,39 @@ def test_a_budget_of_one_returns_the_model_unchanged_and_says_so() -> None:
 
 def test_an_impossible_budget() -> None:
     with pytest.raises(ed.BudgetError, match="smallest that can be reached"):
-        ed.compress(_network(), [_data()[0]], budget=ed.Budget(macs=0.01), progress=False)
+        ed.compress(
+            _network(),
+            [_data()[0]],
+            budget=ed.Budget(macs=0.01),
+            method="eigendamage",
+            progress=False,
+        )
 
 
 @pytest.mark.parametrize("data", [[], iter([]), [torch.zeros(0, 3, 8, 8)]])
 def test_no_example(data: object) -> None:
     with pytest.raises(ed.DataError, match=r"no example|empty"):
-        ed.compress(_network(), data, budget=ed.Budget(macs=0.5), progress=False)
+        ed.compress(
+            _network(), data, budget=ed.Budget(macs=0.5), method="eigendamage", progress=False
+        )
 
 
 def test_nan_inputs_are_named_by_batch() -> None:
     x, _ = _data()
     x[20, 0, 0, 0] = float("nan")
     with pytest.raises(ed.NonFiniteError, match="input of batch 2 holds 1 NaN"):
-        ed.compress(_network(), x.split(8), budget=ed.Budget(macs=0.5), progress=False)
+        ed.compress(
+            _network(), x.split(8), budget=ed.Budget(macs=0.5), method="eigendamage", progress=False
+        )
 
 
 def test_nan_weights_are_named_by_layer() -> None:
     model = _network()
     model[3].weight.data[0] = float("inf")
     with pytest.raises(ed.NonFiniteError):
-        ed.compress(model, [_data()[0]], budget=ed.Budget(macs=0.5), progress=False)
+        ed.compress(
+            model, [_data()[0]], budget=ed.Budget(macs=0.5), method="eigendamage", progress=False
+        )
     # Even where no NaN reaches the output, as behind a dead branch of a ReLU.
     model = _network()
     model[3].weight.data[0] = float("nan")
@@ -255,7 +308,9 @@ def test_nan_weights_are_named_by_layer() -> None:
             return torch.nan_to_num(self.inner(x))
 
     with pytest.raises(ed.NonFiniteError, match=r"layer 'inner\.3'"):
-        ed.compress(Masked(), [_data()[0]], budget=ed.Budget(macs=0.5), progress=False)
+        ed.compress(
+            Masked(), [_data()[0]], budget=ed.Budget(macs=0.5), method="eigendamage", progress=False
+        )
 
 
 def test_overflowing_gradients_are_named_by_layer() -> None:
@@ -270,12 +325,16 @@ def test_overflowing_gradients_are_named_by_layer() -> None:
 def test_no_compressible_layer() -> None:
     model = nn.Sequential(nn.BatchNorm2d(3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     with pytest.raises(ed.NothingToCompressError, match="no weight matrix"):
-        ed.compress(model, [_data()[0]], budget=ed.Budget(macs=0.5), progress=False)
+        ed.compress(
+            model, [_data()[0]], budget=ed.Budget(macs=0.5), method="eigendamage", progress=False
+        )
 
 
 def test_a_frozen_model_is_compressed_and_stays_frozen() -> None:
     model = _network().requires_grad_(False)
-    result = ed.compress(model, [_data()[0]], budget=ed.Budget(macs=0.5), progress=False)
+    result = ed.compress(
+        model, [_data()[0]], budget=ed.Budget(macs=0.5), method="eigendamage", progress=False
+    )
     assert result.plan.changed
     assert not any(p.requires_grad for p in result.model.parameters())
     assert not any(p.requires_grad for p in model.parameters())
@@ -284,7 +343,9 @@ def test_a_frozen_model_is_compressed_and_stays_frozen() -> None:
 def test_a_module_used_twice_is_summed_and_replaced_everywhere() -> None:
     case = CASES["shared"]
     model, (x, _) = case.model(), case.data(12)
-    result = ed.compress(model, [x], budget=ed.Budget(params=0.75), progress=False)
+    result = ed.compress(
+        model, [x], budget=ed.Budget(params=0.75), method="eigendamage", progress=False
+    )
     assert result.report.macs[1] == pytest.approx(result.plan.macs[1])
     assert result.model.named is result.model.alias
     assert result.curvature["twice"].positions == 12 * 42 * 2
@@ -300,14 +361,23 @@ def test_data_of_an_unknown_form(broken: str) -> None:
         "labels": [(x, y[:3])],
     }[broken]
     with pytest.raises(ed.DataError):
-        ed.compress(_network(), data, budget=ed.Budget(macs=0.5), progress=False)
+        ed.compress(
+            _network(), data, budget=ed.Budget(macs=0.5), method="eigendamage", progress=False
+        )
 
 
 def test_losses_and_labels_that_do_not_fit() -> None:
     x, y = _data()
 
     def run(data: object, **options: object) -> None:
-        ed.compress(_network(), data, budget=ed.Budget(macs=0.5), progress=False, **options)
+        ed.compress(
+            _network(),
+            data,
+            budget=ed.Budget(macs=0.5),
+            method="eigendamage",
+            progress=False,
+            **options,
+        )
 
     with pytest.raises(ed.LossError, match="needs labels"):
         run([x], fisher="empirical")
@@ -350,7 +420,12 @@ def test_every_model_of_the_table_can_be_compressed(case: Case) -> None:
     model, (x, y) = case.model(), case.data(12)
     try:
         result = ed.compress(
-            model, [(x, y)], budget=ed.Budget(params=0.85), max_ratio=0.8, progress=False
+            model,
+            [(x, y)],
+            budget=ed.Budget(params=0.85),
+            method="eigendamage",
+            max_ratio=0.8,
+            progress=False,
         )
     except ed.BudgetError as error:
         assert "smallest that can be reached" in str(error)
@@ -366,6 +441,7 @@ def test_finetuning_lowers_the_loss_and_keeps_modes() -> None:
         model,
         zoo.ImageSet(train.images[:200]).batches(100),
         budget=ed.Budget(macs=0.4),
+        method="eigendamage",
         calibration_examples=0,
         progress=False,
     ).model

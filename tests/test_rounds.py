@@ -62,6 +62,7 @@ def test_training_between_rounds_changes_the_result_and_leaves_the_input_alone()
             model,
             data,
             budget=ed.Budget(macs=0.5),
+            method="eigendamage",
             rounds=2,
             train_data=train,
             finetuning=ed.FinetuneConfig(epochs=2),
@@ -84,9 +85,11 @@ def test_training_between_rounds_changes_the_result_and_leaves_the_input_alone()
 
 def test_one_round_is_compress() -> None:
     model, data = network(), batches()
-    once = ed.compress(model, data, budget=ed.Budget(macs=0.5), progress=False)
+    once = ed.compress(
+        model, data, budget=ed.Budget(macs=0.5), method="eigendamage", progress=False
+    )
     rounds = ed.compress_in_rounds(
-        model, data, budget=ed.Budget(macs=0.5), rounds=1, progress=False
+        model, data, budget=ed.Budget(macs=0.5), method="eigendamage", rounds=1, progress=False
     )
     assert rounds.rounds[0].compressed.plan == once.plan
     x = data[0][0]
@@ -110,6 +113,7 @@ def test_what_is_ignored_is_ignored_in_every_round() -> None:
         network(),
         (batch for batch in batches()),
         budget=ed.Budget(params=0.6),
+        method="eigendamage",
         rounds=2,
         ignore=iter(["0"]),
         progress=False,
@@ -120,4 +124,6 @@ def test_what_is_ignored_is_ignored_in_every_round() -> None:
 
 def test_no_round_is_refused() -> None:
     with pytest.raises(ed.EigenDamageError, match="rounds is 0"):
-        ed.compress_in_rounds(network(), batches(), budget=ed.Budget(macs=0.5), rounds=0)
+        ed.compress_in_rounds(
+            network(), batches(), budget=ed.Budget(macs=0.5), method="eigendamage", rounds=0
+        )

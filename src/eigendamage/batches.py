@@ -31,23 +31,32 @@ class Batch:
     target: Tensor | None
     size: int
 
-    def few(self, count: int) -> Batch:
-        """Its first ``count`` examples, if its input is one tensor; the whole batch otherwise.
+    @property
+    def divisible(self) -> bool:
+        """Whether its input is one tensor, which can be cut along its first axis.
 
         Among several tensors there may be some without a batch axis (a mask, positions) whose first
         axis is as long by chance.
         """
-        if len(_tensors([*self.args, *self.kwargs.values()])) != 1 or count >= self.size:
-            return self
+        return len(_tensors([*self.args, *self.kwargs.values()])) == 1
 
-        def head(x: Tensor) -> Tensor:
-            return x[:count]
+    def few(self, count: int) -> Batch:
+        """Its first ``count`` examples if it is divisible, the whole batch otherwise."""
+        if not self.divisible or count >= self.size:
+            return self
+        return self.part(0, count)
+
+    def part(self, start: int, stop: int) -> Batch:
+        """The examples from ``start`` to ``stop`` of a divisible batch."""
+
+        def cut(x: Tensor) -> Tensor:
+            return x[start:stop]
 
         return Batch(
-            tuple(_map_tensors(a, head) for a in self.args),
-            {k: _map_tensors(v, head) for k, v in self.kwargs.items()},
-            None if self.target is None else self.target[:count],
-            count,
+            tuple(_map_tensors(a, cut) for a in self.args),
+            {k: _map_tensors(v, cut) for k, v in self.kwargs.items()},
+            None if self.target is None else self.target[start:stop],
+            stop - start,
         )
 
     def shapes(self) -> str:
@@ -145,7 +154,7 @@ def _is_input_label_pair(data: object) -> bool:
 
 
 def as_batch(raw: object, index: int, device: torch.device) -> Batch:
-    """One item of the user's data as a `Batch` on ``device``.
+    """One item of the user's data as a `Batch` on ``device``; a `Batch` is moved there.
 
     Raises:
         DataError: if the item is neither a tensor, an (input, label) pair nor a dict of tensors.
@@ -154,7 +163,9 @@ def as_batch(raw: object, index: int, device: torch.device) -> Batch:
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = {}
     target: object = None
-    if isinstance(raw, Tensor):
+    if isinstance(raw, Batch):
+        args, kwargs, target = raw.args, dict(raw.kwargs), raw.target
+    elif isinstance(raw, Tensor):
         args = (raw,)
     elif isinstance(raw, Mapping):
         kwargs = {str(k): v for k, v in cast("Mapping[object, Any]", raw).items()}

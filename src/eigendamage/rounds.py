@@ -117,13 +117,12 @@ def compress_in_rounds(
     shares = None if train_data is None else split_batches(train_data, rounds)
     done: list[Round] = []
     current = model
-    left = 1.0
+    left: dict[str, float] = {unit: 1.0 for unit in budget.limits}
     for index in range(rounds):
-        goal = None if budget.unit is None else budget.limit ** ((index + 1) / rounds)
         result = compress(
             current,
             data,
-            budget=budget if goal is None else _part(budget, min(1.0, goal / left)),
+            budget=budget.step((index + 1) / rounds, left),
             method=method,
             variant=variant,
             eval_data=eval_data,
@@ -142,8 +141,8 @@ def compress_in_rounds(
             progress=progress,
         )
         curvature = None
-        sizes = result.plan.parameters if budget.unit == "params" else result.plan.macs
-        left *= sizes[1] / sizes[0]
+        for unit in budget.limits:
+            left[unit] *= result.plan.left(unit)
         tuned = None
         current = result.model
         if shares is not None:
@@ -153,10 +152,6 @@ def compress_in_rounds(
             tuned = evaluate(current, measured_on, loss=loss, reference=model, progress=progress)
         done.append(Round(result, tuned))
     return Rounds(current, tuple(done))
-
-
-def _part(budget: Budget, fraction: float) -> Budget:
-    return Budget(macs=fraction) if budget.unit == "macs" else Budget(params=fraction)
 
 
 def split_batches(data: Iterable[Any], parts: int) -> list[Share]:

@@ -56,6 +56,8 @@ def test_compress_writes_everything_that_rebuilds_the_model(images: Path, tmp_pa
             "zoo:demo_network",
             "--macs",
             "0.5",
+            "--method",
+            "eigendamage",
             "--batch-size",
             "32",
             "--json",
@@ -98,6 +100,8 @@ def test_images_without_a_test_split_hold_out_a_tenth(images: Path, tmp_path: Pa
             "zoo:demo_network",
             "--params",
             "0.5",
+            "--method",
+            "eigendamage",
             "--data",
             str(single),
             "--out",
@@ -125,6 +129,7 @@ def test_models_and_data_from_a_module(tmp_path: Path, monkeypatch: pytest.Monke
     )
     monkeypatch.chdir(tmp_path)
     arguments = ["compress", "--data", "mine:data", "--params", "0.6", "--out", "out"]
+    arguments += ["--method", "eigendamage"]
     done = runner.invoke(app, [*arguments, "--model", "mine:net", "--quiet"])
     assert done.exit_code == 0, done.output
     assert ed.Report.load(tmp_path / "out" / "report.json").measured_examples == 8
@@ -196,6 +201,7 @@ def test_a_module_under_two_names_and_an_output_that_is_a_file(
     )
     monkeypatch.chdir(tmp_path)
     arguments = ["compress", "--model", "twice:Net", "--data", "twice:data", "--params", "0.7"]
+    arguments += ["--method", "eigendamage"]
     done = runner.invoke(app, [*arguments, "--out", "out", "--quiet"])
     assert done.exit_code == 0, done.output
     names = set(load_file(tmp_path / "out" / "model.safetensors"))

@@ -290,6 +290,7 @@ def plan_of(case: Case, ratio: str) -> Plan:
         case.model,
         case.curvature,
         Budget(ratio=float(ratio)),
+        method="eigendamage",
         max_ratio=case.max_ratio,
         form="three",
         eigenvalues="kfac",

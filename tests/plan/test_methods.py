@@ -29,14 +29,20 @@ from tests.random_networks import Block, RandomNetwork
 
 ALL = ("patches", "gradients", "channels")
 MASKS = tuple(name for name, method in METHODS.items() if isinstance(method, WeightMethod))
-BLOCKS = ("eigendamage", "eigendamage-dw")
+WITHOUT = (("auto", "channels"),)  # it does without them, and says so
 NO_RISE = ("taylor", "slimming", "magnitude", "random")
-CHANNELS = tuple(name for name in METHODS if name not in (*MASKS, *BLOCKS))
 WAYS = tuple(
     (name, variant)
     for name, method in METHODS.items()
     for variant in list(getattr(method, "variants", {})) or [None]
 )
+
+
+def _takes(method: str, unit: str) -> bool:
+    """Whether a method has budgets of this unit."""
+    if method in MASKS:
+        return unit == "ratio"
+    return method != "auto" or unit != "ratio"
 
 
 @functools.cache
@@ -73,13 +79,13 @@ def _same_weights(one: nn.Module, other: nn.Module) -> bool:
     return ours.keys() == its.keys() and all(torch.equal(v, its[k]) for k, v in ours.items())
 
 
-@pytest.mark.parametrize(("method", "variant"), WAYS)
-@pytest.mark.parametrize("unit", ["macs", "params", "ratio"])
+@pytest.mark.parametrize(
+    ("method", "variant", "unit"),
+    [(*way, unit) for way in WAYS for unit in ("macs", "params", "ratio") if _takes(way[0], unit)],
+)
 def test_the_plan_says_what_the_applied_model_costs(
     method: str, variant: str | None, unit: str
 ) -> None:
-    if method in MASKS and unit != "ratio":
-        return
     model, x, curvature = _wide()
     for limit in (0.75, 0.4):
         budget = ed.Budget(**{unit: limit})
@@ -158,12 +164,53 @@ def test_what_a_method_needs_is_all_that_it_needs(method: str) -> None:
     enough = ed.estimate_curvature(model, [x], also=wanted, progress=False)
     assert ed.make_plan(model, enough, _budget(method), method=method).changed
     for left_out in wanted:
+        if (method, left_out) in WITHOUT:
+            continue
         less = ed.estimate_curvature(
             model, [x], also=[w for w in wanted if w != left_out], progress=False
         )
         with pytest.raises(ed.EigenDamageError, match=f"'{method}' needs {left_out}") as error:
             ed.make_plan(model, less, _budget(method), method=method)
         assert f"also={wanted!r}" in str(error.value)
+
+
+def test_auto_without_channels_allocates_the_layers_and_says_so() -> None:
+    model, x, _ = _wide()
+    curvature = ed.estimate_curvature(model, [x], also=("patches",), progress=False)
+    plan = ed.make_plan(model, curvature, _budget("auto"), method="auto")
+    assert plan.changed
+    assert not plan.carriers
+    assert any("channels are not on the menu" in note for note in plan.notes)
+
+
+def test_auto_takes_sizes_alone() -> None:
+    for budget in (ed.Budget(ratio=0.5), ed.Budget(loss=0.1)):
+        with pytest.raises(ed.BudgetError, match=f"a budget of {budget} says no size"):
+            _plan("auto", budget=budget)
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "auto"])
+def test_latency_and_loss_are_for_what_allocates(method: str) -> None:
+    for budget in (ed.Budget(latency=0.5), ed.Budget(loss=0.1), ed.Budget(macs=0.5, latency=0.5)):
+        with pytest.raises(ed.BudgetError, match=f"is for method='auto', not for '{method}'"):
+            _plan(method, budget=budget)
+
+
+@pytest.mark.parametrize(
+    "method", ["auto", "eigendamage", "eigendamage-dw", "kron-obs", "magnitude"]
+)
+def test_several_sizes_hold_together(method: str) -> None:
+    asked = {"macs": 0.6, "params": 0.35, "bytes": 0.5}
+    plan = _plan(method, budget=ed.Budget(**asked))
+    assert all(plan.left(unit) <= limit * (1 + 1e-12) for unit, limit in asked.items())
+    small = ed.apply_plan(_wide()[0], plan, _wide()[2])
+    size = sum(p.numel() * p.element_size() for p in small.parameters())
+    assert plan.bytes is not None
+    assert plan.bytes[1] == size
+    # One of them is what binds: without it more would be left.
+    loose = _plan(method, budget=ed.Budget(macs=0.6))
+    assert loose.left("params") > 0.35
+    assert plan.price is None or loose.price <= plan.price * (1 + 1e-9)
 
 
 def test_unknown_methods_and_variants_name_the_known() -> None:
@@ -179,7 +226,7 @@ def test_unknown_methods_and_variants_name_the_known() -> None:
     with pytest.raises(ed.EigenDamageError, match=r"'kron-obd' has no variant 'joint'.*official"):
         _plan("kron-obd", "joint")
     with pytest.raises(ed.EigenDamageError, match="it has no variants"):
-        ed.make_plan(model, curvature, ed.Budget(macs=0.5), variant="joint")
+        ed.make_plan(model, curvature, ed.Budget(macs=0.5), method="eigendamage", variant="joint")
 
 
 def test_variants_differ_and_the_default_is_the_first() -> None:
@@ -436,7 +483,13 @@ def test_readers_that_are_factored_are_priced_as_they_are_left() -> None:
     )
     x = torch.randn(200, 8)
     first = ed.compress(
-        model, [x], budget=ed.Budget(params=0.6), ignore="0", recalibrate=False, progress=False
+        model,
+        [x],
+        budget=ed.Budget(params=0.6),
+        method="eigendamage",
+        ignore="0",
+        recalibrate=False,
+        progress=False,
     )
     assert "2" in first.plan.changed
     curvature = ed.estimate_curvature(

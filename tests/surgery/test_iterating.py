@@ -294,7 +294,9 @@ def test_three_rounds_on_resnet20(dtype: torch.dtype, tolerance: float, form: st
     for _ in range(3):
         curvature = _curvature(model, x)
         budget = 0.75
-        plan = ed.make_plan(model, curvature, ed.Budget(macs=budget), form=form)
+        plan = ed.make_plan(
+            model, curvature, ed.Budget(macs=budget), method="eigendamage", form=form
+        )
         smaller = ed.apply_plan(model, plan, curvature)
         after = ed.count(smaller, x)
         assert after.macs == pytest.approx(plan.macs[1])
@@ -331,7 +333,9 @@ def test_in_the_second_round_a_ratio_counts_only_units_that_are_still_there() ->
     model, x, y = _resnet(torch.float64)
     first = _curvature(model, x)
     small = ed.apply_plan(
-        model, ed.make_plan(model, first, ed.Budget(ratio=0.5), form="three"), first
+        model,
+        ed.make_plan(model, first, ed.Budget(ratio=0.5), method="eigendamage", form="three"),
+        first,
     )
     _train(small, x, y)
     curvature = _curvature(small, x)
@@ -347,7 +351,14 @@ def test_in_the_second_round_a_ratio_counts_only_units_that_are_still_there() ->
     units = torch.cat([side for sides in prices.values() for side in sides]).sort().values
     ratio = 0.3
     threshold = units[int(ratio * len(units))]
-    plan = ed.make_plan(small, curvature, ed.Budget(ratio=ratio), form="three", max_ratio=0.999)
+    plan = ed.make_plan(
+        small,
+        curvature,
+        ed.Budget(ratio=ratio),
+        method="eigendamage",
+        form="three",
+        max_ratio=0.999,
+    )
     assert len(plan.changed) > 3
     for name in plan.changed:
         action, shape = plan.layers[name].action, plan.layers[name].shape
@@ -366,13 +377,15 @@ def test_a_layer_that_loses_channels_after_ranks_can_lose_ranks_again() -> None:
     model = ResNet(1, (16, 32, 64), shortcut="projection").double().eval()
     x = torch.randn(8, 3, 8, 8).double()
     curvature = _curvature(model, x)
-    model = ed.apply_plan(model, ed.make_plan(model, curvature, ed.Budget(macs=0.7)), curvature)
+    model = ed.apply_plan(
+        model, ed.make_plan(model, curvature, ed.Budget(macs=0.7), method="eigendamage"), curvature
+    )
     curvature = _curvature(model, x, also=("channels", "patches"))
     plan = ed.make_plan(model, curvature, ed.Budget(macs=0.6), method="kron-obs")
     model = ed.apply_plan(model, plan, curvature)
     assert ed.count(model, x).macs == pytest.approx(plan.macs[1])
     curvature = _curvature(model, x)
-    plan = ed.make_plan(model, curvature, ed.Budget(macs=0.8))
+    plan = ed.make_plan(model, curvature, ed.Budget(macs=0.8), method="eigendamage")
     merged = ed.apply_plan(model, plan, curvature)
     assert ed.count(merged, x).macs == pytest.approx(plan.macs[1])
     assert _apart(merged, _unmerged(model, plan, curvature), x) < 1e-10

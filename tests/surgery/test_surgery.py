@@ -123,7 +123,9 @@ def test_on_a_quadratic_loss_the_measured_rise_is_the_price() -> None:
     curvature = ed.estimate_curvature(model, [x], loss="mse", fisher="exact", progress=False)
     prices = []
     for fraction in (0.8, 0.6, 0.4):
-        plan = ed.make_plan(model, curvature, ed.Budget(params=fraction), form="three")
+        plan = ed.make_plan(
+            model, curvature, ed.Budget(params=fraction), method="eigendamage", form="three"
+        )
         small = ed.apply_plan(model, plan, curvature)
         measured = ed.evaluate(small, [(x, target)], loss="mse", progress=False).loss
         prices.append(plan.price)
@@ -136,7 +138,7 @@ def test_the_result_runs_trains_and_saves(case: Case, fraction: float) -> None:
     model, (x, y) = case.model(), case.data(8)
     curvature = ed.estimate_curvature(model, [x], progress=False)
     try:
-        plan = ed.make_plan(model, curvature, ed.Budget(params=fraction))
+        plan = ed.make_plan(model, curvature, ed.Budget(params=fraction), method="eigendamage")
     except ed.BudgetError as error:
         assert "smallest that can be reached" in str(error)
         return

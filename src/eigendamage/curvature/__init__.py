@@ -9,6 +9,7 @@ from eigendamage.curvature._factors import eigenbasis, gram, homogeneous, input_
 from eigendamage.curvature._head import Fisher, Head, PredictiveHead
 from eigendamage.curvature._layer import EigenvalueKind, LayerCurvature
 from eigendamage.curvature._losses import IGNORED_LABEL, CrossEntropy, Loss, head_of, loss_name
+from eigendamage.curvature._patches import PositionDraws, patches_at
 from eigendamage.curvature._store import load_curvature, save_curvature
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "Head",
     "LayerCurvature",
     "Loss",
+    "PositionDraws",
     "PredictiveHead",
     "calibration_table",
     "eigenbasis",
@@ -33,6 +35,7 @@ __all__ = [
     "input_moments",
     "load_curvature",
     "loss_name",
+    "patches_at",
     "preserved_random_state",
     "save_curvature",
 ]

@@ -77,6 +77,14 @@ class PredictiveHead(Head):
         Cross-entropy: KL(reference ‖ logits), summed over positions.
         """
 
+    @abstractmethod
+    def quadratic(self, logits: Tensor, tangent: Tensor, batch: Batch) -> Tensor:
+        """`divergence` to second order, (n,), if ``logits`` move by ``tangent``.
+
+        ½ vᵀ H v in float64, v the example's tangent, H the Hessian of its loss in the logits, in
+        expectation over the labels that the model predicts.
+        """
+
     def seeds(
         self, output: Any, batch: Batch, fisher: Fisher, random: torch.Generator
     ) -> Iterator[Seed]:

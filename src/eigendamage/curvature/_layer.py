@@ -121,6 +121,15 @@ class LayerCurvature:
         Raises:
             EigenDamageError: if the patches were not estimated; ``name`` is the layer's path.
         """
+        moment, mean = self.patch_moments(name)
+        return homogeneous(moment, mean) if self.shape.bias else moment
+
+    def patch_moments(self, name: str) -> tuple[Float[Tensor, "iK iK"], Float[Tensor, " iK"]]:
+        """A over whole patches and the mean patch, in float64 on the CPU.
+
+        Raises:
+            EigenDamageError: if the patches were not estimated; ``name`` is the layer's path.
+        """
         pointwise = self.shape.offsets == 1
         moment = self.A if pointwise else self.patches
         mean = self.mean if pointwise else self.patch_mean
@@ -129,8 +138,7 @@ class LayerCurvature:
                 f"layer '{name}': the second moment of whole patches is needed and was not "
                 f"estimated; give also=('patches',) to estimate_curvature"
             )
-        wide = moment.double().cpu()
-        return homogeneous(wide, mean.double().cpu()) if self.shape.bias else wide
+        return moment.double().cpu(), mean.double().cpu()
 
     def kfac_eigenvalues(self) -> Float[Tensor, "o i K"]:
         """Λ_S Λ_A for every kernel offset: what K-FAC says λ is."""

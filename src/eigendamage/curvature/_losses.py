@@ -43,6 +43,14 @@ class CrossEntropy(PredictiveHead):
         kl = (p.exp() * (p - q)).sum(-1)
         return (kl * self._mask(kl, batch)).reshape(batch.size, -1).sum(1)
 
+    def quadratic(self, logits: Tensor, tangent: Tensor, batch: Batch) -> Tensor:
+        # ½ vᵀ (diag(p) − p pᵀ) v is half the variance of v under p.
+        p = self._classes_last(logits).double().softmax(-1)
+        v = self._classes_last(tangent).double()
+        spread = v - (p * v).sum(-1, keepdim=True)
+        variance = (p * spread.square()).sum(-1)
+        return 0.5 * (variance * self._mask(variance, batch)).reshape(batch.size, -1).sum(1)
+
     def sampled(self, logits: Tensor, batch: Batch, random: torch.Generator) -> Tensor:
         p = self._classes_last(logits).softmax(-1)
         # One uniform number a position, drawn in data order on the CPU: the labels do not depend
@@ -141,6 +149,9 @@ class SquaredError(PredictiveHead):
     def divergence(self, reference: Tensor, logits: Tensor, batch: Batch) -> Tensor:
         return (logits.double() - reference.double()).square().reshape(batch.size, -1).mean(1)
 
+    def quadratic(self, logits: Tensor, tangent: Tensor, batch: Batch) -> Tensor:
+        return tangent.double().square().reshape(batch.size, -1).mean(1)
+
     def sampled(self, logits: Tensor, batch: Batch, random: torch.Generator) -> Tensor:
         uniform = torch.rand(logits.shape, generator=random, dtype=torch.float64)
         tiny = torch.finfo(torch.float64).tiny
@@ -172,6 +183,11 @@ class BinaryCrossEntropy(PredictiveHead):
         positive = p.sigmoid() * (F.logsigmoid(p) - F.logsigmoid(q))
         negative = (-p).sigmoid() * (F.logsigmoid(-p) - F.logsigmoid(-q))
         return (positive + negative).reshape(batch.size, -1).mean(1)
+
+    def quadratic(self, logits: Tensor, tangent: Tensor, batch: Batch) -> Tensor:
+        p = logits.double().sigmoid()
+        variance = p * (1 - p) * tangent.double().square()
+        return 0.5 * variance.reshape(batch.size, -1).mean(1)
 
     def sampled(self, logits: Tensor, batch: Batch, random: torch.Generator) -> Tensor:
         p = logits.sigmoid()

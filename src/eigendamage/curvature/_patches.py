@@ -38,7 +38,7 @@ def patch_moments(
         if positions is None:
             patches = geometry.patches(part)
         else:
-            patches = _patches_at(part, geometry, positions[start : start + step].to(x.device))
+            patches = patches_at(part, geometry, positions[start : start + step])
         patches = patches.flatten(1, 2)
         moment += gram(patches)
         total += patches.sum((0, 2))
@@ -46,9 +46,19 @@ def patch_moments(
     return scale * moment, scale * total
 
 
-def _patches_at(
+def patches_at(
     x: Float[Tensor, "n i h w"], geometry: ConvGeometry, positions: Int[Tensor, "n p"]
 ) -> Float[Tensor, "n i K p"]:
+    """The patches that a convolution reads for some of its output positions, padding included.
+
+    Equals ``geometry.patches(x)`` gathered along its last axis, without building the others.
+
+    Args:
+        x: the input.
+        geometry: the convolution's.
+        positions: of each example the output positions, counted row by row, on any device.
+    """
+    positions = positions.to(x.device)
     _, columns = geometry.output_size(x.shape[2], x.shape[3])
     padded = geometry.pad(x)
     width = padded.shape[3]

@@ -43,6 +43,7 @@ class _LayerRecord(BaseModel):
     bias: bool
     positions_in: float
     positions_out: float
+    itemsize: int = 4
     ranks: tuple[int, int]
 
 

@@ -1,4 +1,4 @@
-"""What a layer costs, in closed form: multiply-accumulates of one example, and parameters."""
+"""What a layer costs, in closed form: multiply-accumulates of one example, parameters, bytes."""
 
 from __future__ import annotations
 
@@ -23,16 +23,25 @@ FORMS: tuple[DenseForm, ...] = ("three", "merge_in", "merge_out")
 
 @dataclass(frozen=True)
 class Cost:
-    """Multiply-accumulates of one example and number of parameters."""
+    """Multiply-accumulates of one example, number of parameters, and the bytes that they take."""
 
     macs: float
     parameters: int
+    bytes: int
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(self.macs + other.macs, self.parameters + other.parameters)
+        return Cost(
+            self.macs + other.macs,
+            self.parameters + other.parameters,
+            self.bytes + other.bytes,
+        )
 
     def __sub__(self, other: Cost) -> Cost:
-        return Cost(self.macs - other.macs, self.parameters - other.parameters)
+        return Cost(
+            self.macs - other.macs,
+            self.parameters - other.parameters,
+            self.bytes - other.bytes,
+        )
 
 
 @dataclass(frozen=True)
@@ -47,6 +56,7 @@ class LayerShape:
         positions_in: pixels or tokens of one example at the input (the resolution of a leading
             1×1 stage).
         positions_out: positions of one example at the output.
+        itemsize: bytes of one parameter.
     """
 
     outputs: int
@@ -55,11 +65,12 @@ class LayerShape:
     bias: bool
     positions_in: float
     positions_out: float
+    itemsize: int = 4
 
     def dense(self) -> Cost:
         """Cost of the layer as one matrix product or convolution."""
         weights = self.outputs * self.inputs * self.offsets
-        return Cost(weights * self.positions_out, weights + self._bias())
+        return self._cost(weights * self.positions_out, weights + self._bias())
 
     def factored(self, rank_out: int, rank_in: int, form: Form) -> Cost:
         """Cost of the layer in stages, with ``rank_out`` rows and ``rank_in`` columns kept.
@@ -68,11 +79,11 @@ class LayerShape:
             EigenDamageError: if the form is ``depthwise`` and the ranks are not the same R.
         """
         o, i, k = self.outputs, self.inputs, self.offsets
-        reduce = Cost(i * rank_in * self.positions_in, i * rank_in)
-        expand = Cost(rank_out * o * self.positions_out, rank_out * o + self._bias())
+        reduce = self._cost(i * rank_in * self.positions_in, i * rank_in)
+        expand = self._cost(rank_out * o * self.positions_out, rank_out * o + self._bias())
         if form == "three":
             core = rank_in * k * rank_out
-            return reduce + Cost(core * self.positions_out, core) + expand
+            return reduce + self._cost(core * self.positions_out, core) + expand
         if form == "depthwise":
             if rank_out != rank_in:
                 raise EigenDamageError(
@@ -80,12 +91,15 @@ class LayerShape:
                     f"{rank_in}) were given; give the number of its channels twice"
                 )
             core = rank_in * k
-            return reduce + Cost(core * self.positions_out, core) + expand
+            return reduce + self._cost(core * self.positions_out, core) + expand
         if form == "merge_in":
             core = i * k * rank_out
-            return Cost(core * self.positions_out, core) + expand
+            return self._cost(core * self.positions_out, core) + expand
         core = rank_in * k * o
-        return reduce + Cost(core * self.positions_out, core + self._bias())
+        return reduce + self._cost(core * self.positions_out, core + self._bias())
+
+    def _cost(self, macs: float, parameters: int) -> Cost:
+        return Cost(macs, parameters, parameters * self.itemsize)
 
     def _bias(self) -> int:
         return self.outputs if self.bias else 0

@@ -68,6 +68,7 @@ class Layer:
             self.bias() is not None,
             positions_in,
             positions_out,
+            next(self.module.parameters()).element_size(),
         )
 
     def cost(self, shape: LayerShape) -> Cost:

@@ -2,9 +2,20 @@
 
 from eigendamage.plan._blocks import FormChoice
 from eigendamage.plan._budget import Budget, Unit
+from eigendamage.plan._calibrate import Calibration, Point
 from eigendamage.plan._channels import RankBy
+from eigendamage.plan._latency import LatencyTable
 from eigendamage.plan._make import check_options, make_plan
-from eigendamage.plan._methods import METHODS, WeightMethod, needs, variant_of
+from eigendamage.plan._menu import metric_of
+from eigendamage.plan._menus import ACTIONS, ActionKind, Menus, make_menus, wanted_actions
+from eigendamage.plan._methods import (
+    METHODS,
+    AutoMethod,
+    WeightMethod,
+    method_named,
+    needs,
+    variant_of,
+)
 from eigendamage.plan._plan import (
     Action,
     CarrierPlan,
@@ -13,6 +24,7 @@ from eigendamage.plan._plan import (
     EigenBlock,
     Keep,
     LayerPlan,
+    LowRank,
     Mask,
     Plan,
     Repair,
@@ -21,26 +33,38 @@ from eigendamage.plan._repair import repaired
 from eigendamage.plan._views import LayerView
 
 __all__ = [
+    "ACTIONS",
     "METHODS",
     "Action",
+    "ActionKind",
+    "AutoMethod",
     "Budget",
+    "Calibration",
     "CarrierPlan",
     "Channels",
     "DepthwiseBlock",
     "EigenBlock",
     "FormChoice",
     "Keep",
+    "LatencyTable",
     "LayerPlan",
     "LayerView",
+    "LowRank",
     "Mask",
+    "Menus",
     "Plan",
+    "Point",
     "RankBy",
     "Repair",
     "Unit",
     "WeightMethod",
     "check_options",
+    "make_menus",
     "make_plan",
+    "method_named",
+    "metric_of",
     "needs",
     "repaired",
     "variant_of",
+    "wanted_actions",
 ]

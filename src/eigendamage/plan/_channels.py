@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -77,25 +77,46 @@ class ChannelThreshold(GlobalThreshold[ChannelCut]):
         return ChannelCut(self._left(dropped), any(dropped.values()), dropped)
 
     def _left(self, dropped: Mapping[str, tuple[int, ...]]) -> Cost:
-        outputs: Counter[str] = Counter()
-        inputs: Counter[str] = Counter()
-        left = self._total
-        for name, units in dropped.items():
-            group = self._graph.groups[name]
-            for side, members in ((outputs, group.producers), (inputs, group.readers)):
-                for member in members:
-                    side[member.module] += len(units) * len(member.indices[0])
-            for member in group.carriers:
-                carrier = self._graph.carriers[member.module]
-                gone = len(units) * len(member.indices[0])
-                left = left - Cost(carrier.macs * gone, carrier.parameters * gone)
-        for name in {**outputs, **inputs}:
-            layer, shape = self._layers[name], self._curvature[name].shape
-            smaller = replace(
-                shape, outputs=shape.outputs - outputs[name], inputs=shape.inputs - inputs[name]
-            )
-            left = left - (layer.cost(shape) - layer.cost(smaller))
-        return left
+        return cost_left(self._graph, self._layers, self._curvature, self._total, dropped)
+
+
+def cost_left(
+    graph: ChannelGraph,
+    layers: Mapping[str, Layer],
+    curvature: Curvature,
+    total: Cost,
+    dropped: Mapping[str, Sequence[int]],
+) -> Cost:
+    """What a model costs without some units of some groups.
+
+    Args:
+        graph: the groups.
+        layers: the layers that make and read them.
+        curvature: which knows the layers' sizes.
+        total: cost of the whole model as it is.
+        dropped: for each group the units that go.
+    """
+    outputs: Counter[str] = Counter()
+    inputs: Counter[str] = Counter()
+    left = total
+    for name, units in dropped.items():
+        group = graph.groups[name]
+        for side, members in ((outputs, group.producers), (inputs, group.readers)):
+            for member in members:
+                side[member.module] += len(units) * len(member.indices[0])
+        size = curvature[group.producers[0].module].shape.itemsize
+        for member in group.carriers:
+            carrier = graph.carriers[member.module]
+            gone = len(units) * len(member.indices[0])
+            parameters = carrier.parameters * gone
+            left = left - Cost(carrier.macs * gone, parameters, parameters * size)
+    for name in {**outputs, **inputs}:
+        layer, shape = layers[name], curvature[name].shape
+        smaller = replace(
+            shape, outputs=shape.outputs - outputs[name], inputs=shape.inputs - inputs[name]
+        )
+        left = left - (layer.cost(shape) - layer.cost(smaller))
+    return left
 
 
 def usable_groups(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from fnmatch import fnmatchcase
+from collections.abc import Iterable, Mapping
 from typing import get_args
 
 import torch
@@ -11,11 +10,17 @@ from torch import nn
 
 from eigendamage.curvature import Curvature, EigenvalueKind
 from eigendamage.errors import BudgetError, EigenDamageError, MismatchError
-from eigendamage.layers import ON_REQUEST, Cost, Layer, find_layers
+from eigendamage.plan._auto import plan_auto
 from eigendamage.plan._blocks import FormChoice, plan_blocks
-from eigendamage.plan._budget import Budget
+from eigendamage.plan._budget import Budget, cost_of
+from eigendamage.plan._calibrate import Calibration
 from eigendamage.plan._channels import RankBy, plan_channels, ranked_per
+from eigendamage.plan._latency import LatencyTable
+from eigendamage.plan._market import AutoOptions
+from eigendamage.plan._matching import ignored_layers, matching_layers
+from eigendamage.plan._menus import ACTIONS, ActionKind, Menus, make_menus, wanted_actions
 from eigendamage.plan._methods import (
+    AutoMethod,
     BlockMethod,
     ChannelMethod,
     WeightMethod,
@@ -32,7 +37,7 @@ def make_plan(
     curvature: Curvature,
     budget: Budget,
     *,
-    method: str = "eigendamage",
+    method: str = "auto",
     variant: str | None = None,
     max_ratio: float = 0.95,
     form: FormChoice = "cheapest",
@@ -40,19 +45,32 @@ def make_plan(
     damping: float = 1e-3,
     rank_by: RankBy | None = None,
     ignore: Iterable[str] = (),
+    multiple: int = 1,
+    floors: Mapping[str, float] | None = None,
+    refine: int = 12,
+    actions: Iterable[ActionKind] = ACTIONS,
+    menus: Menus | None = None,
+    calibration: Calibration | None = None,
+    latency: LatencyTable | None = None,
     seed: int = 0,
+    progress: bool = False,
 ) -> Plan:
     """Decide what happens to each layer. Neither the model nor any data is run.
 
-    All methods remove their units against one global threshold over all layers, as the paper does
-    (Wang, Grosse, Fidler, Zhang 2019, section 4.2).
+    ``auto`` gives every layer one action of its menu (see `make_menus`) so that the total price is
+    least within the budget: a multiple-choice knapsack, solved exactly or with a stated gap. All
+    other methods remove their units against one global threshold over all layers, as the paper
+    does (Wang, Grosse, Fidler, Zhang 2019, section 4.2).
 
     Args:
         model: the network that the curvature is of; only its weights are read.
         curvature: from `estimate_curvature`, with ``also=`` what the method `needs`.
-        budget: how small the result has to be. Methods that mask single weights take a ratio.
+        budget: how small the result has to be. ``auto`` takes sizes, one or several, methods that
+            mask single weights a ratio, the others either.
         method: what goes.
 
+            - ``auto``: for each layer the best of low-rank forms, blocks of the eigenbasis and
+              whole channels. The classifier is kept.
             - ``eigendamage``: rows and columns of the weights in the Kronecker-factored eigenbasis;
               ``eigendamage-dw`` makes the middle stage depthwise. The classifier is kept.
             - ``kron-obs``, ``kron-obd``, ``c-obs``, ``c-obd``: whole channels, by the curvature.
@@ -77,7 +95,17 @@ def make_plan(
             where the budget is in one of these and the prices of different layers are in one unit
             (not for ``slimming``, ``magnitude`` and ``random``).
         ignore: shell patterns over dotted paths of layers to leave alone.
+        multiple: for ``auto``: ranks and channels left are multiples of this.
+        floors: for ``auto``: by shell pattern over dotted paths, the fraction of a layer's MACs
+            that has to stay.
+        refine: for ``auto``: the most L-BFGS steps on each input basis that is chosen; 0 for none.
+        actions: for ``auto``: which of ``low-rank``, ``blocks`` and ``channels`` may be taken.
+        menus: for ``auto``: from `make_menus`, to plan several budgets at the price of one; they
+            have their own ``damping``, ``max_ratio``, ``multiple`` and ``ignore``.
+        calibration: for ``auto``: of the prices.
+        latency: for ``auto`` and a budget of latency: measured times of the layers.
         seed: of the draws of ``random``.
+        progress: whether to show progress.
 
     Raises:
         BudgetError: if the budget cannot be met; the message says what can.
@@ -100,24 +128,43 @@ def make_plan(
             "eigenvalues='ekfac' needs λ, but the curvature was estimated with eigenvalues='kfac'"
         )
     known = method_named(method)
-    missing = [extra for extra in known.needs if extra not in curvature.extras]
+    needed = ("patches",) if isinstance(known, AutoMethod) else known.needs
+    missing = [extra for extra in needed if extra not in curvature.extras]
     if missing:
         raise EigenDamageError(
             f"method '{method}' needs {', '.join(missing)}, which the curvature has not; give "
             f"also={known.needs!r} to estimate_curvature"
         )
-    layers = _matching(model, curvature)
+    layers = matching_layers(model, curvature)
     task = Task(
         model=model,
         curvature=curvature,
         layers=layers,
-        total=Cost(curvature.macs, sum(p.numel() for p in model.parameters())),
+        total=cost_of(model, curvature.macs),
         budget=budget,
         max_ratio=max_ratio,
         damping=damping,
-        ignored=_ignored(curvature, ignore),
+        ignored=ignored_layers(curvature, ignore),
     )
     match known:
+        case AutoMethod():
+            allowed = wanted_actions(actions)
+            found = menus or make_menus(
+                model,
+                curvature,
+                actions=allowed,
+                damping=damping,
+                max_ratio=max_ratio,
+                multiple=multiple,
+                ignore=ignore,
+                progress=progress,
+            )
+            if found.curvature is not curvature:
+                raise MismatchError("the menus were made from another curvature than the one given")
+            options = AutoOptions(
+                refine, calibration or Calibration(), latency, floors or {}, allowed
+            )
+            result = plan_auto(task, found, options)
         case BlockMethod():
             result = plan_blocks(task, "depthwise" if known.depthwise else form, kind)
         case ChannelMethod():
@@ -140,6 +187,7 @@ def _plan(task: Task, method: str, variant: str | None, result: Result) -> Plan:
             shape=(layer.outputs, layer.inputs, layer.offsets),
             macs=(before.macs, after.macs),
             parameters=(before.parameters, after.parameters),
+            calibrated=result.calibrated.get(name),
         )
     nothing = f"the budget ({task.budget}) asks for no change: the model stays as is"
     return Plan(
@@ -152,6 +200,8 @@ def _plan(task: Task, method: str, variant: str | None, result: Result) -> Plan:
         left_alone={**task.curvature.left_alone, **result.left_alone},
         macs=(task.total.macs, result.left.macs),
         parameters=(task.total.parameters, result.left.parameters),
+        bytes=(task.total.bytes, result.left.bytes),
+        gap=result.gap,
         notes=result.notes if result.changes else (nothing,),
     )
 
@@ -186,47 +236,14 @@ def check_options(
             known = ", ".join(str(choice) for choice in choices if choice is not None)
             raise EigenDamageError(f"{what} '{given}' is unknown; known are {known}")
     meant = variant_of(method, variant)
+    auto = isinstance(method_named(method), AutoMethod)
+    if not auto and not budget.limits and budget.ratio is None:
+        raise BudgetError(f"a budget of {budget} is for method='auto', not for '{method}'")
+    if not auto and budget.latency is not None:
+        raise BudgetError(f"a budget of latency is for method='auto', not for '{method}'")
     blocks = isinstance(method_named(method), BlockMethod)
     if form != "cheapest" and not blocks:
         raise EigenDamageError(f"form='{form}' is for eigendamage; '{method}' factors no layer")
     if rank_by is not None and not isinstance(method_named(method), ChannelMethod):
         raise EigenDamageError(f"rank_by is for methods that remove channels, not for '{method}'")
     return meant
-
-
-def _matching(model: nn.Module, curvature: Curvature) -> dict[str, Layer]:
-    """The model's layers that the curvature is of.
-
-    Raises:
-        MismatchError: if one is missing or has another shape.
-    """
-    found = find_layers(model)
-    layers: dict[str, Layer] = {}
-    for name, known in curvature.items():
-        layer = found.compressible.get(name)
-        if layer is None:
-            why = found.left_alone.get(name, "there is no such layer")
-            raise MismatchError(f"layer '{name}' of the curvature does not fit the model: {why}")
-        expected, shape = known.eigenvalues.shape, (layer.outputs, layer.inputs, layer.offsets)
-        if tuple(expected) != shape:
-            raise MismatchError(
-                f"layer '{name}' has a weight of shape {shape} (o, i, K), the curvature is for "
-                f"{tuple(expected)}"
-            )
-        layers[name] = layer
-    return layers
-
-
-def _ignored(curvature: Curvature, ignore: Iterable[str]) -> dict[str, str]:
-    """The modules with parameters, layers or not, that a pattern names, here or in the estimate."""
-    found = {n: why for n, why in curvature.left_alone.items() if why.startswith(ON_REQUEST)}
-    known = [*curvature, *curvature.left_alone]
-    for pattern in [ignore] if isinstance(ignore, str) else ignore:
-        hits = [n for n in known if fnmatchcase(n, pattern)]
-        if not hits:
-            raise EigenDamageError(
-                f"ignore pattern '{pattern}' matches no layer of the curvature; layers are: "
-                f"{', '.join(list(curvature)[:8])}, …"
-            )
-        found.update(dict.fromkeys(hits, f"{ON_REQUEST} (pattern '{pattern}')"))
-    return found

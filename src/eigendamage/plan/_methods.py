@@ -95,7 +95,20 @@ class WeightMethod:
     repair: Literal["none", "masked"] = "none"
 
 
-Method = BlockMethod | ChannelMethod | WeightMethod
+@dataclass(frozen=True)
+class AutoMethod:
+    """The method that chooses among all actions, for each layer on its own.
+
+    Attributes:
+        summary: what it does, in a line.
+        needs: what has to be estimated beside S, A and λ.
+    """
+
+    summary: str
+    needs: tuple[Extra, ...] = ("patches", "channels")
+
+
+Method = AutoMethod | BlockMethod | ChannelMethod | WeightMethod
 
 
 def _by_rows(price: Callable[[LayerView], Float[Tensor, " o"]]) -> PriceGroup:
@@ -148,6 +161,7 @@ def _single(rule: ChannelRule) -> Mapping[str, ChannelRule]:
 
 
 METHODS: Mapping[str, Method] = {
+    "auto": AutoMethod("for each layer what costs least of low rank, blocks and channels"),
     "eigendamage": BlockMethod("rows and columns in the Kronecker-factored eigenbasis"),
     "eigendamage-dw": BlockMethod(
         "the same, with a depthwise convolution in the middle", depthwise=True

@@ -11,14 +11,14 @@ from typing import Annotated, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from pydantic import Field
 from torch import Tensor
 
 from eigendamage.errors import MismatchError
 from eigendamage.files import Document, Frozen
-from eigendamage.layers import Cost, DenseForm
-from eigendamage.plan._budget import Budget
+from eigendamage.layers import DenseForm
+from eigendamage.plan._budget import Budget, Unit
 
 PLAN_VERSION = 1
 
@@ -31,6 +31,31 @@ Repair = Literal["none", "rows", "columns", "both", "rows one at a time", "c-obs
 named. ``rows one at a time``: the sum of the optimal repairs of each row alone, as the paper's code
 does for Kron-OBS. ``c-obs``: the sum of those of each weight of the rows, as it does for C-OBS.
 """
+
+
+def packed(basis: Float[Tensor, "i r"]) -> str:
+    """A matrix as text: float32, row by row, deflated, in base 64."""
+    values = basis.detach().cpu().float().contiguous().numpy().astype("<f4")
+    return base64.b64encode(zlib.compress(values.tobytes())).decode("ascii")
+
+
+def unpacked(text: str, rows: int) -> Float[Tensor, "i r"]:
+    """The matrix of `packed`.
+
+    Raises:
+        MismatchError: if it is none, or has another number of rows.
+    """
+    most = 4 * rows * rows
+    try:
+        values = zlib.decompressobj().decompress(base64.b64decode(text), most + 1)
+    except (binascii.Error, zlib.error) as error:
+        raise MismatchError(f"an input basis of a plan cannot be read: {error}") from error
+    if not values or len(values) > most or len(values) % (4 * rows):
+        raise MismatchError(f"an input basis of a plan is not one of {rows} inputs")
+    matrix = torch.from_numpy(np.frombuffer(values, "<f4").astype(np.float32)).reshape(rows, -1)
+    if not bool(torch.isfinite(matrix).all()):
+        raise MismatchError("an input basis of a plan holds NaN or infinity")
+    return matrix
 
 
 class Keep(Frozen):
@@ -70,6 +95,31 @@ class DepthwiseBlock(Frozen):
     rank: int = Field(ge=1)
 
 
+class LowRank(Frozen):
+    """A product of low rank, the best of its shape under S ⊗ A; it always has a bias.
+
+    Attributes:
+        rank: r_o, the inner rank of the last two stages; the number of outputs for ``merge_out``.
+        basis: of the inputs, (i, r_i), as packed by `packed`; None for all inputs (``merge_in``).
+        form: how the factored layer is laid out.
+        damping: of S and A, relative to their mean diagonal.
+    """
+
+    kind: Literal["lowrank"] = "lowrank"
+    rank: int = Field(ge=1)
+    basis: str | None
+    form: DenseForm
+    damping: Amount
+
+    def directions(self, inputs: int) -> Float[Tensor, "i r"] | None:
+        """The basis, None for all inputs.
+
+        Raises:
+            MismatchError: if it is of another number of inputs.
+        """
+        return None if self.basis is None else unpacked(self.basis, inputs)
+
+
 class Channels(Frozen):
     """Output and input channels of a layer that are kept; the others go with their groups.
 
@@ -78,6 +128,8 @@ class Channels(Frozen):
         inputs: kept columns of W, ascending.
         repair: how the weights that stay are changed to make up for those that go.
         damping: of S and A in the repair, relative to their mean diagonal.
+        bias: whether a repaired layer without a bias gets one, which takes up the mean of what
+            goes.
     """
 
     kind: Literal["channels"] = "channels"
@@ -85,6 +137,7 @@ class Channels(Frozen):
     inputs: tuple[int, ...]
     repair: Repair
     damping: Amount
+    bias: bool = False
 
 
 class Mask(Frozen):
@@ -129,7 +182,7 @@ class Mask(Frozen):
 
 
 Action = Annotated[
-    Keep | EigenBlock | DepthwiseBlock | Channels | Mask, Field(discriminator="kind")
+    Keep | EigenBlock | DepthwiseBlock | LowRank | Channels | Mask, Field(discriminator="kind")
 ]
 
 
@@ -143,6 +196,7 @@ class LayerPlan(Frozen):
         shape: (o, i, K) of the weight, to recognise the layer.
         macs: multiply-accumulates of one example before and after.
         parameters: parameters before and after.
+        calibrated: the price, corrected by what the layer was measured to cost alone.
     """
 
     action: Action
@@ -150,11 +204,7 @@ class LayerPlan(Frozen):
     shape: tuple[int, int, int]
     macs: tuple[Amount, Amount]
     parameters: tuple[int, int]
-
-    @property
-    def saved(self) -> Cost:
-        """What the action saves."""
-        return Cost(self.macs[0] - self.macs[1], self.parameters[0] - self.parameters[1])
+    calibrated: Amount | None = None
 
     @property
     def changes(self) -> bool:
@@ -189,6 +239,9 @@ class Plan(Document):
         left_alone: why other modules with parameters are not in the plan.
         macs: multiply-accumulates of one example in the whole model, before and after.
         parameters: parameters of the whole model, before and after.
+        bytes: of the parameters of the whole model, before and after.
+        gap: the most that a better allocation of the same menus could save of the (calibrated)
+            price, where the method allocates; 0 if none can.
         notes: what a user should know.
     """
 
@@ -202,6 +255,8 @@ class Plan(Document):
     left_alone: Mapping[str, str]
     macs: tuple[Amount, Amount]
     parameters: tuple[int, int]
+    bytes: tuple[int, int] | None = None
+    gap: Amount | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -213,6 +268,18 @@ class Plan(Document):
         prices = [layer.price for layer in self.layers.values()]
         known = [price for price in prices if price is not None]
         return sum(known) if len(known) == len(prices) else None
+
+    @property
+    def calibrated(self) -> float | None:
+        """Expected rise of the loss by calibrated prices; None if they were not calibrated."""
+        changed = [layer for layer in self.layers.values() if layer.price]
+        known = [layer.calibrated for layer in changed if layer.calibrated is not None]
+        return sum(known) if known and len(known) == len(changed) else None
+
+    def left(self, unit: Unit) -> float:
+        """The fraction of the whole model's size that is left."""
+        sizes = {"macs": self.macs, "params": self.parameters, "bytes": self.bytes}[unit]
+        return sizes[1] / sizes[0] if sizes else 1.0
 
     @property
     def title(self) -> str:

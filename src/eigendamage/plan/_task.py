@@ -71,10 +71,12 @@ class Result:
         prices: of the layers; 0 where none is named, None where the measure is no rise of loss.
         kept: the reasons for the layers without an action.
         left: cost of the whole model afterwards.
-        ratio: the fraction of units that do not exceed the threshold.
+        ratio: the fraction of units that do not exceed the threshold, where there is one.
         changes: whether anything is changed.
         carriers: modules between the layers that lose channels.
         left_alone: why other things than layers are left alone.
+        calibrated: prices corrected by measurements, where they were.
+        gap: the most that a better allocation could save, where it is known.
         notes: what a user should know.
     """
 
@@ -83,10 +85,12 @@ class Result:
     prices: Mapping[str, float | None]
     kept: Mapping[str, str]
     left: Cost
-    ratio: float
+    ratio: float | None
     changes: bool
     carriers: Mapping[str, CarrierPlan] = field(default_factory=dict[str, CarrierPlan])
     left_alone: Mapping[str, str] = field(default_factory=dict[str, str])
+    calibrated: Mapping[str, float] = field(default_factory=dict[str, float])
+    gap: float | None = None
     notes: tuple[str, ...] = ()
 
 

@@ -73,9 +73,15 @@ class GlobalThreshold(ABC, Generic[C]):
         """
         unit = budget.unit
         if unit is None:
-            return self._at_ratio(budget.limit)
-        limit = budget.limit * counted(self._total, unit)
-        met = self._first_step(lambda cut: counted(cut.left, unit) <= limit, unit)
+            return self._at_ratio(budget.ratio or 0.0)
+        limits: dict[Unit, float] = {
+            u: f * counted(self._total, u) for u, f in budget.limits.items()
+        }
+
+        def holds(cut: C) -> bool:
+            return all(counted(cut.left, u) <= limit for u, limit in limits.items())
+
+        met = self._first_step(holds, unit)
         if met is None:
             raise BudgetError(self._impossible(budget, unit))
         return Selection(self.at(met, unit), self._ratio(met))
@@ -104,12 +110,11 @@ class GlobalThreshold(ABC, Generic[C]):
         return float((self.units() <= threshold).double().mean())
 
     def _impossible(self, budget: Budget, unit: Unit) -> str:
-        total = counted(self._total, unit)
-        least = counted(self.at(self._steps()[-1], unit).left, unit)
+        smallest = self.at(self._steps()[-1], unit).left
         return (
             f"a budget of {budget} cannot be met: the smallest that can be reached is "
-            f"{least / total:.4f} of the model's {unit} (max_ratio={self._max_ratio:g}; the rest "
-            f"lies in what is kept whole or cannot be cut)"
+            f"{fractions_left(smallest, self._total, budget)} (max_ratio={self._max_ratio:g}; the "
+            f"rest lies in what is kept whole or cannot be cut)"
         )
 
     def _too_mild(self, ratio: float) -> str:
@@ -124,6 +129,14 @@ class GlobalThreshold(ABC, Generic[C]):
             f"no layer would become smaller at any ratio (max_ratio={self._max_ratio:g}); "
             f"the layers are too narrow for this method"
         )
+
+
+def fractions_left(left: Cost, total: Cost, budget: Budget) -> str:
+    """What is left of a model in the units of a budget, in words."""
+    return ", ".join(
+        f"{counted(left, unit) / counted(total, unit):.4f} of the model's {unit}"
+        for unit in budget.limits
+    )
 
 
 def threshold_at(units: Float[Tensor, " units"], ratio: float) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -35,6 +35,17 @@ class LayerView:
     curvature: LayerCurvature
     damping: float
     factored: bool = False
+
+    def with_bias(self) -> LayerView:
+        """The same layer with a bias, of zeros if it has none."""
+        if self.bias is not None:
+            return self
+        shape = replace(self.curvature.shape, bias=True)
+        return replace(
+            self,
+            bias=self.weight.new_zeros(len(self.weight)),
+            curvature=replace(self.curvature, shape=shape),
+        )
 
     @cached_property
     def W(self) -> Float[Tensor, "o m"]:

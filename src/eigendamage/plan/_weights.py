@@ -57,7 +57,7 @@ def plan_weights(task: Task, method: WeightMethod) -> Result:
     Raises:
         BudgetError: if the budget is not a ratio, which masks cannot meet.
     """
-    if task.budget.unit is not None:
+    if task.budget.ratio is None:
         raise BudgetError(
             f"a budget of {task.budget} cannot be met by masks: {MASKS_ARE_NOT_SMALLER}. Give "
             f"Budget(ratio=…), the fraction of single weights to set to zero, or a method that "

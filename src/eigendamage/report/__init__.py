@@ -12,16 +12,20 @@ from eigendamage.report._report import (
     layer_reports,
 )
 from eigendamage.report._terminal import count_of, number, percent, print_report, render
+from eigendamage.report._truth import TRUST, LayerTruth, Truth
 
 __all__ = [
+    "TRUST",
     "Calibration",
     "Comparison",
     "Environment",
     "LayerReport",
+    "LayerTruth",
     "Measured",
     "Report",
     "Row",
     "Settings",
+    "Truth",
     "calibration_by_layer",
     "count_of",
     "layer_reports",

@@ -33,7 +33,7 @@ class Settings(Frozen):
     model: str
     weights: str
     data: str
-    unit: Literal["macs", "params"]
+    unit: Literal["macs", "params", "bytes"]
     max_examples: int | None
     train_batches: int
     train_data: str | None

@@ -19,10 +19,13 @@ from eigendamage.plan import (
     DepthwiseBlock,
     EigenBlock,
     Keep,
+    LayerPlan,
+    LowRank,
     Mask,
     Plan,
     Repair,
 )
+from eigendamage.report._truth import Truth
 
 REPORT_VERSION = 1
 
@@ -58,6 +61,7 @@ class LayerReport(Frozen):
         action: in words.
         ranks: kept rows and columns, where the layer was factored.
         price: expected rise of the loss; None where the method's measure is none.
+        calibrated: the price, corrected by measurements; None if it was not.
         macs: of one example, before and after.
         parameters: before and after.
     """
@@ -65,6 +69,7 @@ class LayerReport(Frozen):
     action: str
     ranks: tuple[int, int] | None
     price: float | None
+    calibrated: float | None = None
     macs: tuple[float, float]
     parameters: tuple[int, int]
 
@@ -134,10 +139,15 @@ class Report(Document):
         measured_examples: how many examples were measured on.
         original: the model as it was.
         compressed: right after surgery.
+        repaired: after changed layers were refitted; None if they were not.
         recalibrated: after batch norm's statistics were measured again; None if there is none.
         layers: each layer of the plan.
         left_alone: every other module with parameters, with the reason.
         calibration: trace of each layer's Fisher block, three ways.
+        truth: predictions held against measurements on inputs held out of ``data``; None where
+            nothing was held out.
+        latency: the fraction of the original's latency that is left, where it was measured.
+        gap: the most that a better allocation could save of the price; see `Plan`.
         seconds: wall time of each stage.
         environment: versions, device, seed.
         notes: what a user should know.
@@ -156,18 +166,22 @@ class Report(Document):
     measured_examples: int
     original: Measured
     compressed: Measured
+    repaired: Measured | None = None
     recalibrated: Measured | None
     layers: Mapping[str, LayerReport]
     left_alone: Mapping[str, str]
     calibration: Mapping[str, Calibration]
+    truth: Truth | None = None
+    latency: float | None = None
+    gap: float | None = None
     seconds: Mapping[str, float]
     environment: Environment
     notes: tuple[str, ...] = ()
 
     @property
     def final(self) -> Measured:
-        """The model that is handed back: recalibrated if it was."""
-        return self.recalibrated or self.compressed
+        """The model that is handed back: recalibrated or repaired if it was."""
+        return self.recalibrated or self.repaired or self.compressed
 
     def rise(self, measured: Measured) -> float | None:
         """Rise of a version's mean loss over the original's, where there are labels."""
@@ -181,18 +195,24 @@ class Report(Document):
         return self.rise(self.final)
 
 
-def layer_reports(plan: Plan) -> dict[str, LayerReport]:
-    """The plan's layers, in words."""
+def layer_reports(plan: Plan, first: Plan | None = None) -> dict[str, LayerReport]:
+    """The plan's layers, in words; sizes before are those of the ``first`` plan of several."""
+    before = plan if first is None else first
     return {
         name: LayerReport(
             action=_words(layer.action, layer.shape),
-            ranks=_ranks(layer.action),
+            ranks=_ranks(layer.action, layer.shape),
             price=layer.price,
-            macs=layer.macs,
-            parameters=layer.parameters,
+            calibrated=layer.calibrated,
+            macs=(_first(before, name, layer).macs[0], layer.macs[1]),
+            parameters=(_first(before, name, layer).parameters[0], layer.parameters[1]),
         )
         for name, layer in plan.layers.items()
     }
+
+
+def _first(plan: Plan, name: str, layer: LayerPlan) -> LayerPlan:
+    return plan.layers.get(name, layer)
 
 
 def _words(action: Action, shape: tuple[int, int, int]) -> str:
@@ -203,6 +223,8 @@ def _words(action: Action, shape: tuple[int, int, int]) -> str:
             return f"factored: {_FORM_WORDS[action.form]}"
         case DepthwiseBlock():
             return "factored: 1×1, K depthwise, 1×1"
+        case LowRank():
+            return f"low rank: {_FORM_WORDS[action.form]}"
         case Channels():
             sides = [
                 f"{len(kept)} of {size} {what}"
@@ -219,12 +241,15 @@ def _words(action: Action, shape: tuple[int, int, int]) -> str:
             return f"masked: {zero:.0%} of the weights are zero{repaired}"
 
 
-def _ranks(action: Action) -> tuple[int, int] | None:
+def _ranks(action: Action, shape: tuple[int, int, int]) -> tuple[int, int] | None:
     match action:
         case EigenBlock():
             return len(action.rows), len(action.columns)
         case DepthwiseBlock():
             return action.rank, action.rank
+        case LowRank():
+            basis = action.directions(shape[1])
+            return action.rank, shape[1] if basis is None else basis.shape[1]
         case _:
             return None
 

@@ -2,5 +2,6 @@
 
 from eigendamage.surgery._apply import apply_plan
 from eigendamage.surgery._batchnorm import recalibrate_batchnorm
+from eigendamage.surgery._repair import LayerRepair, Repairs, repair_model
 
-__all__ = ["apply_plan", "recalibrate_batchnorm"]
+__all__ = ["LayerRepair", "Repairs", "apply_plan", "recalibrate_batchnorm", "repair_model"]

@@ -15,11 +15,12 @@ from eigendamage.plan import (
     DepthwiseBlock,
     EigenBlock,
     LayerPlan,
+    LowRank,
     Mask,
     Plan,
 )
 from eigendamage.surgery._channels import cut_channels
-from eigendamage.surgery._factor import factored_module, planned_stages
+from eigendamage.surgery._factor import factored_module, low_rank_stages, planned_stages
 from eigendamage.surgery._mask import mask_weights
 
 
@@ -46,6 +47,9 @@ def apply_plan(model: nn.Module, plan: Plan, curvature: Curvature) -> nn.Module:
         if isinstance(action, EigenBlock | DepthwiseBlock):
             stages = planned_stages(found[name].weight(), curvature[name], action)
             replaced[id(found[name].module)] = factored_module(found[name], stages)
+        elif isinstance(action, LowRank):
+            stages, bias = low_rank_stages(found[name], curvature[name], action)
+            replaced[id(found[name].module)] = factored_module(found[name], stages, bias)
     smaller = copy_model(model, replaced)
     for name, layer_plan in plan.layers.items():
         action = layer_plan.action
@@ -81,6 +85,12 @@ def _check(name: str, planned: LayerPlan, layer: Layer | None, curvature: Curvat
     elif isinstance(action, Channels):
         _check_indices(name, "outputs", action.outputs, layer.outputs)
         _check_indices(name, "inputs", action.inputs, layer.inputs)
+    elif isinstance(action, LowRank):
+        action.directions(layer.inputs)
+        if action.rank > layer.outputs:
+            raise MismatchError(
+                f"layer '{name}' has {layer.outputs} outputs, the plan's rank is {action.rank}"
+            )
     elif isinstance(action, Mask):
         action.keep(shape)
 

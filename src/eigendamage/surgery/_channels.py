@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -25,6 +27,12 @@ def cut_channels(
     if action.repair == "none":
         return
     view = LayerView(layer.name, layer.weight(), layer.bias(), curvature, action.damping)
+    if action.bias:
+        view = view.with_bias()
+        if not isinstance(module.bias, Tensor):
+            weight = cast(nn.Parameter, module.weight)
+            bias = nn.Parameter(weight.new_zeros(len(weight)), requires_grad=weight.requires_grad)
+            module.register_parameter("bias", bias)
     X = repaired(view, action.outputs, view.kept_columns(action.inputs), action.repair)
     write_matrix(module, X)
 

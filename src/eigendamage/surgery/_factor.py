@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from eigendamage.curvature import LayerCurvature
 from eigendamage.errors import LayerError
 from eigendamage.layers import FactoredConv2d, FactoredLinear, Form, Layer, balance
-from eigendamage.plan import DepthwiseBlock, EigenBlock
+from eigendamage.plan import DepthwiseBlock, EigenBlock, LowRank, metric_of
 from eigendamage.plan.prices.eigendamage_dw import CP, layer_cp
+from eigendamage.plan.prices.low_rank import best_form
 
 
 def planned_stages(
@@ -67,8 +68,32 @@ def depthwise_stages(
     return [first, even.S.unsqueeze(1), last]
 
 
-def factored_module(layer: Layer, stages: list[Tensor]) -> nn.Module:
-    """The stages as a factored module with the layer's bias, dtype, device and mode.
+def low_rank_stages(
+    layer: Layer, curvature: LayerCurvature, action: LowRank
+) -> tuple[list[Tensor], Float[Tensor, " o"]]:
+    """The stages of a low-rank form, first to last, in float64, of equal norms, and its bias.
+
+    The bias takes up the mean of what is cut: b + (W − X) times the mean patch.
+    """
+    basis = action.directions(layer.inputs)
+    cut = action.form != "merge_out"
+    metric = metric_of(layer, curvature, action.damping)
+    best = best_form(metric, basis, action.rank if cut else None)
+    stages = [] if best.basis is None else [best.basis.double().T]
+    stages.append(best.core)
+    if best.out is not None:
+        stages.append(best.out)
+    bias = layer.bias()
+    shifted = best.shift if bias is None else bias.double().cpu() + best.shift
+    return balance(stages), shifted
+
+
+def factored_module(
+    layer: Layer, stages: list[Tensor], bias: Float[Tensor, " o"] | None = None
+) -> nn.Module:
+    """The stages as a factored module with the layer's dtype, device and mode.
+
+    The bias is the layer's own where none is given.
 
     Stages are weights as torch has them, (outputs, inputs of one group) with the kernel offsets as
     third axis where there is a kernel: one that reads fewer channels than the stage before returns
@@ -86,7 +111,7 @@ def factored_module(layer: Layer, stages: list[Tensor]) -> nn.Module:
         )
     old = layer.module
     weight = layer.dense_weight()
-    bias = layer.bias()
+    bias = layer.bias() if bias is None else bias
     last = len(stages) - 1
     modules: list[nn.Module] = []
     for index, stage in enumerate(stages):
@@ -107,7 +132,8 @@ def factored_module(layer: Layer, stages: list[Tensor]) -> nn.Module:
             if parameter.ndim == 4:
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
     for name, parameter in factored.named_parameters():
-        source = old.bias if name.endswith("bias") else weight
+        has_own = name.endswith("bias") and isinstance(old.bias, Tensor)
+        source = old.bias if has_own else weight
         parameter.requires_grad_(isinstance(source, Tensor) and source.requires_grad)
     return factored.train(old.training)
 

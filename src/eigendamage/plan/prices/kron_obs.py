@@ -103,33 +103,56 @@ class Reader:
     groups: Sequence[Sequence[int]]
 
 
-def elimination_prices(readers: Sequence[Reader]) -> Float[Tensor, " channels"]:
-    """What each channel costs when its turn comes in backward elimination, readers repaired.
+@dataclass(frozen=True, eq=False)
+class Elimination:
+    """In which order channels go, and what each costs in its turn.
+
+    Attributes:
+        order: channels, the first to go first.
+        rises: for each place in the order the rise of ½ tr S (W−X) A (W−X)ᵀ, readers repaired.
+    """
+
+    order: tuple[int, ...]
+    rises: Float[Tensor, " channels"]
+
+
+def eliminate(readers: Sequence[Reader]) -> Elimination:
+    """Backward elimination of channels from the layers that read them.
 
     Channels go one at a time, each time the one whose removal raises ½ tr S (W−X) A (W−X)ᵀ least,
     summed over the readers under their optimal X: with P = A_LL⁻¹ of what is left and V = X it is
-    ½ tr S V_g (P_gg)⁻¹ V_gᵀ; then V ← V − V_g P_gg⁻¹ P_g: and P its Schur complement. So a price
-    knows of the channels that went before, unlike `column_prices`, and these rises add up to what
-    the first ones cost together. Where one is below an earlier one the price is that of the earlier
-    one, so that prices are in the order of removal; their sum is then above the joint rise. In
-    float64. Cost: an (o × m) and an (m × m) update of rank |g| a channel and reader.
+    ½ tr S V_g (P_gg)⁻¹ V_gᵀ; then V ← V − V_g P_gg⁻¹ P_g: and P its Schur complement. So a rise
+    knows of the channels that went before, unlike `column_prices`, and rises add up to what the
+    first ones cost together. In float64. Cost: an (o × m) and an (m × m) update of rank |g| a
+    channel and reader.
 
     Args:
         readers: the layers that read the channels; every one has all channels.
     """
     states = [_Elimination(reader) for reader in readers]
-    count = len(readers[0].groups)
-    prices = readers[0].W.new_zeros(count, dtype=torch.float64)
-    left = list(range(count))
-    highest = 0.0
+    left = list(range(len(readers[0].groups)))
+    order: list[int] = []
+    rises: list[float] = []
     while left:
         costs = torch.stack([state.prices(left) for state in states]).sum(0)
         at = int(costs.argmin())
-        highest = max(highest, float(costs[at]))
-        prices[left[at]] = highest
+        rises.append(max(0.0, float(costs[at])))
         gone = left.pop(at)
+        order.append(gone)
         for state in states:
             state.remove(gone)
+    return Elimination(tuple(order), torch.tensor(rises, dtype=torch.float64))
+
+
+def elimination_prices(readers: Sequence[Reader]) -> Float[Tensor, " channels"]:
+    """What each channel costs when its turn comes in `eliminate`.
+
+    Where one is below an earlier one the price is that of the earlier one, so that prices are in
+    the order of removal; their sum is then above the joint rise.
+    """
+    found = eliminate(readers)
+    prices = torch.zeros_like(found.rises)
+    prices[list(found.order)] = found.rises.cummax(0).values
     return prices
 
 

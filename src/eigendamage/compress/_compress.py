@@ -1,0 +1,421 @@
+"""compress: curvature, plan, surgery, repair, report, in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from eigendamage.batches import Data, device_of
+from eigendamage.compress._search import Timing, in_shots
+from eigendamage.compress._split import Parts, split
+from eigendamage.compress._steps import Built, Clock, Planning, Settings, Source, built
+from eigendamage.compress._truth import truth_of
+from eigendamage.curvature import (
+    Curvature,
+    EigenvalueKind,
+    Fisher,
+    Loss,
+    PredictiveHead,
+    calibration_table,
+    estimate_curvature,
+    head_of,
+    loss_name,
+)
+from eigendamage.errors import ChannelError, EigenDamageError, MismatchError
+from eigendamage.layers import ON_REQUEST, copy_model, find_layers
+from eigendamage.measure import count, evaluate_together, measure_latency_table
+from eigendamage.plan import (
+    ACTIONS,
+    ActionKind,
+    AutoMethod,
+    Budget,
+    FormChoice,
+    Plan,
+    RankBy,
+    check_options,
+    make_menus,
+    make_plan,
+    method_named,
+    needs,
+    wanted_actions,
+)
+from eigendamage.report import (
+    Environment,
+    Measured,
+    Report,
+    calibration_by_layer,
+    layer_reports,
+)
+from eigendamage.surgery import Repairs, recalibrate_batchnorm
+
+
+@dataclass(frozen=True, eq=False)
+class Compressed:
+    """What `compress` returns.
+
+    Attributes:
+        model: the smaller model, a plain module.
+        plan: what was done to each layer; of several shots the last, made of the shot before.
+        curvature: what it was decided by; another budget needs no new one.
+        report: what was expected and what was measured.
+        earlier: the plans of earlier shots.
+        repairs: what the repair did to each layer; None if there was none.
+    """
+
+    model: nn.Module
+    plan: Plan
+    curvature: Curvature
+    report: Report
+    earlier: tuple[Plan, ...] = ()
+    repairs: Repairs | None = None
+
+
+def compress(
+    model: nn.Module,
+    data: Data,
+    *,
+    budget: Budget,
+    method: str = "auto",
+    variant: str | None = None,
+    eval_data: Data | None = None,
+    curvature: Curvature | None = None,
+    loss: Loss = "cross_entropy",
+    fisher: Fisher = "mc",
+    eigenvalues: EigenvalueKind = "ekfac",
+    max_ratio: float = 0.95,
+    form: FormChoice = "cheapest",
+    damping: float = 1e-3,
+    rank_by: RankBy | None = None,
+    ignore: Iterable[str] = (),
+    actions: Iterable[ActionKind] = ACTIONS,
+    multiple: int | None = None,
+    floors: Mapping[str, float] | None = None,
+    refine: int = 12,
+    calibrate: bool | None = None,
+    repair: bool | None = None,
+    shots: int = 1,
+    rounds: int = 1,
+    latency_batch: int = 1,
+    max_examples: int | None = None,
+    recalibrate: bool | None = None,
+    calibration_examples: int | None = None,
+    reduction: Literal["mean", "sum"] = "mean",
+    seed: int = 0,
+    progress: bool = True,
+) -> Compressed:
+    """Make a trained model smaller by its curvature. The model given is not changed.
+
+    With ``method="auto"`` a tenth of ``data`` is held out from curvature and repair; on it prices
+    are calibrated, repairs judged, and the divergence from the original measured.
+
+    Args:
+        model: the trained network.
+        data: some of its inputs in batches, in the same order in every pass; labels are not needed
+            unless ``fisher="empirical"``.
+        budget: how small the result has to be.
+        method: see `make_plan`; likewise ``variant``, ``max_ratio``, ``form``, ``damping``,
+            ``rank_by``, ``actions``, ``floors`` and ``refine``.
+        variant: the form of the method.
+        eval_data: held-out batches to measure on; ``data`` itself if there is none, which the
+            report then says. Nothing is chosen by it.
+        curvature: of this model, if it was estimated before; saves the passes over the data.
+        loss: see `estimate_curvature`; likewise ``fisher``, ``eigenvalues``,
+            ``max_examples``, ``reduction`` and ``seed``.
+        fisher: which labels.
+        eigenvalues: λ, or the paper's Λ_S Λ_A.
+        max_ratio: the most of one side of a layer, or of a group of channels, that may go.
+        form: how factored layers are laid out.
+        damping: of S and A where they are inverted.
+        rank_by: by price, or by price for what is saved.
+        ignore: shell patterns over dotted paths of layers to leave alone.
+        actions: for ``auto``: what may be done to a layer.
+        multiple: for ``auto``: ranks and channels left are multiples of this; 8 for a budget of
+            latency and 1 otherwise by default.
+        floors: for ``auto``: by shell pattern the fraction of a layer's MACs that has to stay.
+        refine: for ``auto``: the most L-BFGS steps on an input basis.
+        calibrate: for ``auto``: whether prices are corrected by what layers are measured to cost
+            alone. By default where the loss has a divergence.
+        repair: whether changed layers are refitted, without labels, to return what the original's
+            return. By default for ``auto`` alone.
+        shots: split the budget into so many steps, each with curvature and repair of its own.
+        rounds: the same, but a step that makes the divergence on held-out inputs worse than doing
+            without the one before it is taken back.
+        latency_batch: examples a call where latency is measured.
+        max_examples: the most examples of ``data`` to use.
+        recalibrate: measure batch norm's statistics again on ``data``, without labels. By default
+            where nothing is repaired; after a repair it makes most models worse.
+        calibration_examples: how many examples the table of Fisher traces is made of; 0 for none,
+            which is the default for ``auto``, 64 otherwise.
+        reduction: what a loss function that returns one number has done over the batch.
+        seed: of the label draws, of positions, and of the method ``random``.
+        progress: whether to show progress.
+
+    Returns:
+        The smaller model with its plan, curvature and report. A budget that asks for no change
+        returns a copy of the model, and the report's notes say so.
+
+    Raises:
+        BudgetError: if the budget cannot be met; the message says what can.
+        EigenDamageError: another of its subclasses, as `estimate_curvature` and `make_plan` say.
+    """
+    check_options(
+        budget,
+        method=method,
+        variant=variant,
+        max_ratio=max_ratio,
+        form=form,
+        damping=damping,
+        rank_by=rank_by,
+    )
+    auto = isinstance(method_named(method), AutoMethod)
+    allowed = wanted_actions(actions)
+    _check_steps(shots, rounds, latency_batch, auto)
+    clock = Clock()
+    ignored = (ignore,) if isinstance(ignore, str) else tuple(ignore)
+    # One view of the data for all stages: a generator is used up by the first.
+    data = list(data) if isinstance(data, Iterator) else data
+    if eval_data is not None and isinstance(eval_data, Iterator):
+        eval_data = list(eval_data)
+    predictive = isinstance(head_of(loss, reduction), PredictiveHead)
+    repair = auto if repair is None else repair
+    calibrate = (auto and predictive) if calibrate is None else calibrate
+    parts: Parts | None = None
+    if repair or calibrate or budget.loss is not None:
+        parts = split(data, device_of(model), max_examples)
+    notes: list[str] = []
+
+    def estimated(network: nn.Module, ignore: Iterable[str]) -> Curvature:
+        also = needs(method)
+        if auto and "channels" not in allowed:
+            also = ("patches",)
+        while True:
+            try:
+                return estimate_curvature(
+                    network,
+                    data if parts is None else parts.fit,
+                    loss=loss,
+                    fisher=fisher,
+                    eigenvalues=eigenvalues,
+                    ignore=ignore,
+                    max_examples=max_examples if parts is None else None,
+                    also=also,
+                    reduction=reduction,
+                    seed=seed,
+                    progress=progress,
+                )
+            except ChannelError as error:
+                if not auto or "channels" not in also:
+                    raise
+                notes.append(f"channels are not on the menu: {error}")
+                also = ("patches",)
+
+    if curvature is None:
+        with clock.stage("curvature"):
+            curvature = estimated(model, ignored)
+            ignored = ()
+    elif curvature.loss != loss_name(loss):
+        raise MismatchError(
+            f"the curvature given is of the loss '{curvature.loss}', not of '{loss_name(loss)}'"
+        )
+    settings = Settings(
+        parts=parts,
+        loss=loss,
+        reduction=reduction,
+        repair=repair,
+        calibrated=calibrate,
+        planning=Planning(damping, refine, floors, allowed),
+        clock=clock,
+        seed=seed,
+        progress=progress,
+    )
+    step = multiple or (8 if budget.latency is not None else 1)
+
+    def source(network: nn.Module, known: Curvature, left_alone: Iterable[str]) -> Source:
+        table = None
+        if budget.latency is not None:
+            with clock.stage("latency"):
+                table = measure_latency_table(
+                    network,
+                    data,
+                    layers={
+                        name: layer
+                        for name, layer in find_layers(network).compressible.items()
+                        if name in known
+                    },
+                    batch=latency_batch,
+                    multiple=step,
+                    progress=progress,
+                )
+        with clock.stage("menus"):
+            menus = make_menus(
+                network,
+                known,
+                actions=allowed,
+                damping=damping,
+                max_ratio=max_ratio,
+                multiple=step,
+                ignore=left_alone,
+                progress=progress,
+            )
+        return Source(network, known, menus, latency=table)
+
+    def refreshed(network: nn.Module) -> Source:
+        with clock.stage("curvature"):
+            fresh = estimated(network, _patterns(curvature))
+        return source(network, fresh, ())
+
+    if auto:
+        chain = in_shots(
+            model,
+            source(model, curvature, ignored),
+            budget,
+            settings,
+            Timing(data, latency_batch),
+            refreshed,
+            shots=max(shots, rounds),
+            go_back=rounds > 1,
+        )
+    else:
+        with clock.stage("plan"):
+            plan = make_plan(
+                model,
+                curvature,
+                budget,
+                method=method,
+                variant=variant,
+                max_ratio=max_ratio,
+                form=form,
+                eigenvalues=eigenvalues if curvature.kind == "ekfac" else None,
+                damping=damping,
+                rank_by=rank_by,
+                ignore=ignored,
+                seed=seed,
+            )
+        chain = [built(model, Source(model, curvature, None), plan, settings)]
+    last = chain[-1]
+    recalibrate = not repair if recalibrate is None else recalibrate
+    anew: nn.Module | None = None
+    if recalibrate and last.plan.changed:
+        with clock.stage("batch norm"):
+            again = copy_model(last.model)
+            if recalibrate_batchnorm(again, data, max_examples=max_examples, progress=progress):
+                anew = again
+    return Compressed(
+        model=last.model if anew is None else anew,
+        plan=last.plan,
+        curvature=curvature,
+        report=_report(
+            model,
+            chain,
+            anew,
+            data,
+            eval_data,
+            curvature,
+            settings,
+            max_examples=max_examples,
+            traces=(0 if auto else 64) if calibration_examples is None else calibration_examples,
+            budget=budget,
+            notes=notes,
+        ),
+        earlier=tuple(shot.plan for shot in chain[:-1]),
+        repairs=last.repairs,
+    )
+
+
+def _check_steps(shots: int, rounds: int, batch: int, auto: bool) -> None:
+    for what, value in (("shots", shots), ("rounds", rounds), ("latency_batch", batch)):
+        if value < 1:
+            raise EigenDamageError(f"{what} is {value}; it must be at least 1")
+    if shots > 1 and rounds > 1:
+        raise EigenDamageError("give shots or rounds, not both")
+    if not auto and max(shots, rounds) > 1:
+        raise EigenDamageError(
+            "shots and rounds are for method='auto'; for other methods see compress_in_rounds"
+        )
+
+
+def _patterns(curvature: Curvature) -> list[str]:
+    """The modules that were left alone on request, to be left alone again."""
+    return [name for name, why in curvature.left_alone.items() if why.startswith(ON_REQUEST)]
+
+
+def _report(
+    model: nn.Module,
+    chain: Sequence[Built],
+    anew: nn.Module | None,
+    data: Data,
+    eval_data: Data | None,
+    curvature: Curvature,
+    settings: Settings,
+    *,
+    max_examples: int | None,
+    traces: int,
+    budget: Budget,
+    notes: Sequence[str],
+) -> Report:
+    """What was expected and what is measured now."""
+    last, clock = chain[-1], settings.clock
+    plan = last.plan
+    repaired = last.model if last.repairs is not None else None
+    versions = [model, last.cut, *(m for m in (repaired, anew) if m is not None)]
+    with clock.stage("measurement"):
+        measured = evaluate_together(
+            versions,
+            data if eval_data is None else eval_data,
+            loss=settings.loss,
+            max_examples=max_examples if eval_data is None else None,
+            reduction=settings.reduction,
+            progress=settings.progress,
+        )
+    truth = truth_of(model, chain, settings)
+    rows = []
+    if traces:
+        with clock.stage("calibration table"):
+            rows = calibration_table(
+                model,
+                data,
+                curvature,
+                loss=settings.loss,
+                examples=traces,
+                reduction=settings.reduction,
+                seed=settings.seed,
+            )
+    found = [Measured.of(m) for m in measured]
+    prices = [shot.plan.price for shot in chain]
+    before, after = count(model, data), count(versions[-1], data)
+    doubt = None if truth is None else truth.note
+    return Report(
+        model=type(model).__name__,
+        method=plan.title,
+        budget=str(budget),
+        ratio=plan.ratio,
+        macs=(before.macs, after.macs),
+        parameters=(before.parameters, after.parameters),
+        examples=curvature.examples,
+        predicted=None if None in prices else sum(p for p in prices if p is not None),
+        measured_on="data" if eval_data is None else "eval_data",
+        measured_examples=measured[0].examples,
+        original=found[0],
+        compressed=found[1],
+        repaired=None if repaired is None else found[2],
+        recalibrated=None if anew is None else found[-1],
+        layers=layer_reports(plan, chain[0].plan),
+        left_alone=plan.left_alone,
+        calibration=calibration_by_layer(rows),
+        truth=truth,
+        latency=None if last.latency is None else _product(chain),
+        gap=plan.gap,
+        seconds=clock.seconds,
+        environment=Environment.here(device_of(model), settings.seed),
+        notes=(*plan.notes, *notes, *([doubt] if doubt else [])),
+    )
+
+
+def _product(chain: Sequence[Built]) -> float:
+    fraction = 1.0
+    for shot in chain:
+        fraction *= shot.latency or 1.0
+    return fraction

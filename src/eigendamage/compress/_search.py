@@ -1,0 +1,244 @@
+"""Budgets that are met by building and measuring: latency and loss; and several shots."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from eigendamage.batches import Data
+from eigendamage.compress._steps import Built, Settings, Source, built, divergence, planned
+from eigendamage.errors import BudgetError, NothingToCompressError
+from eigendamage.measure import latency
+from eigendamage.plan import Budget, Plan
+from eigendamage.surgery import apply_plan
+
+_LATENCY_TRIALS = 6
+_LATENCY_BELOW = 0.93  # of the budget: a model that is faster than that gives away accuracy
+_LATENCY_ROUNDS = 25
+_LOSS_TRIALS = 7
+_LOSS_CLOSE = 0.01  # of the original's MACs between a model that is good enough and one that is not
+
+Refresh = Callable[[nn.Module], Source]
+"""Curvature and menus of a model."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How latency is measured.
+
+    Attributes:
+        data: gives the size of an example.
+        batch: examples a call.
+    """
+
+    data: Data
+    batch: int
+
+
+def smaller(
+    original: nn.Module, source: Source, budget: Budget, settings: Settings, timing: Timing
+) -> Built:
+    """The best model within a budget of any kind but a ratio."""
+    if budget.loss is not None:
+        return _within_loss(original, source, budget.loss, settings)
+    if budget.latency is None:
+        found, plan = planned(source, budget, settings)
+        return built(original, found, plan, settings)
+    found, plan, fraction = _within_latency(source, budget, settings, timing)
+    plan = plan.model_copy(update={"budget": budget})
+    return replace(built(original, found, plan, settings), latency=fraction)
+
+
+def _within_latency(
+    source: Source, budget: Budget, settings: Settings, timing: Timing
+) -> tuple[Source, Plan, float]:
+    """The plan whose model, measured whole, is within a latency, and the fraction that it takes.
+
+    The table's times of layers do not add up to those of a model to the last few percent, so models
+    are built by it (without a repair, which changes no time) and measured whole beside the one
+    that they are made of, and the budget is corrected until the result is within it and not far
+    below.
+
+    Raises:
+        BudgetError: if no model that was built is fast enough.
+    """
+    assert budget.latency is not None
+    goal, asked = budget.latency, budget.latency
+    best: tuple[Source, Plan, float] | None = None
+    fastest = math.inf
+    highest, lowest = 1.0, 0.0
+    for _ in range(_LATENCY_TRIALS):
+        trial = _with_latency(budget, asked)
+        try:
+            source, plan = planned(source, trial, settings)
+        except BudgetError:
+            lowest = asked
+            if best is None and asked >= goal and math.isinf(fastest):
+                raise
+            asked = (asked + highest) / 2
+            continue
+        with settings.clock.stage("latency"):
+            cut = apply_plan(source.model, plan, source.curvature)
+            times = latency(
+                [source.model, cut], timing.data, batch=timing.batch, rounds=_LATENCY_ROUNDS
+            )
+        found = times[1].median / times[0].median
+        fastest = min(fastest, found)
+        if found <= goal:
+            if best is None or found > best[2]:
+                best = source, plan, found
+            lowest = max(lowest, asked)
+            if found >= _LATENCY_BELOW * goal:
+                break
+        else:
+            highest = min(highest, asked)
+        wanted = asked * (0.5 * (1 + _LATENCY_BELOW) * goal) / found
+        asked = wanted if lowest < wanted < highest else (lowest + highest) / 2
+        if highest - lowest < 0.01:
+            break
+    if best is None:
+        raise BudgetError(
+            f"a budget of {budget} cannot be met: the fastest model that was built takes "
+            f"{fastest:.3f} of the original's latency at batch {timing.batch}. Narrow layers do "
+            f"not get faster with their MACs; give a larger budget, or one of MACs"
+        )
+    return best
+
+
+def _with_latency(budget: Budget, fraction: float) -> Budget:
+    return Budget(**{**budget.given, "latency": min(1.0, fraction)})
+
+
+def _within_loss(original: nn.Module, source: Source, loss: float, settings: Settings) -> Built:
+    """The model of fewest MACs whose measured divergence on held-out inputs stays below ``loss``.
+
+    Raises:
+        BudgetError: if none of those that were built does.
+    """
+    if settings.parts is None:
+        raise BudgetError("a budget of loss needs held-out data; leave repair or calibrate on")
+    low, high = 0.0, 1.0  # too small, large enough
+    best: Built | None = None
+    nearest = math.inf
+    ratio = 1.0
+    for _ in range(_LOSS_TRIALS):
+        asked = _asked(source, loss / ratio, low, high, settings)
+        try:
+            source, plan = planned(source, Budget(macs=asked), settings)
+            if not plan.changed:
+                break
+            trial = built(original, source, plan, settings)
+        except BudgetError:
+            low = asked
+            continue
+        found = divergence(original, trial.model, settings)
+        if found is None:
+            raise BudgetError(
+                "a budget of loss needs a loss with a divergence: cross_entropy, mse or bce"
+            )
+        nearest = min(nearest, found)
+        predicted = plan.calibrated or plan.price
+        if predicted and found > 0:
+            ratio = found / predicted
+        if found <= loss:
+            high = asked
+            if best is None or trial.plan.macs[1] < best.plan.macs[1]:
+                best = trial
+        else:
+            low = asked
+        if high - low < _LOSS_CLOSE:
+            break
+    if best is None:
+        raise BudgetError(
+            f"a budget of loss {loss:g} cannot be met: the nearest model that was built diverges "
+            f"by {nearest:.4g} on held-out inputs; give a larger loss, or more data to repair with"
+        )
+    return best
+
+
+def _asked(source: Source, price: float, low: float, high: float, settings: Settings) -> float:
+    """The fraction of MACs at which a plan has this price; within the bracket, off its ends."""
+    below, above = low, high
+    for _ in range(8):
+        middle = (below + above) / 2
+        try:
+            plan = settings.planning.plan(source, Budget(macs=middle), refine=0)
+        except BudgetError:
+            below = middle
+            continue
+        predicted = plan.calibrated or plan.price or 0.0
+        if predicted > price:
+            below = middle
+        else:
+            above = middle
+    margin = 0.15 * (high - low)
+    return min(max((below + above) / 2, low + margin), high - margin)
+
+
+def in_shots(
+    original: nn.Module,
+    source: Source,
+    budget: Budget,
+    settings: Settings,
+    timing: Timing,
+    refresh: Refresh,
+    *,
+    shots: int,
+    go_back: bool,
+) -> list[Built]:
+    """The model after several shots, each with curvature, plan and repair of its own.
+
+    Sizes shrink by the same factor in every shot.
+
+    Args:
+        original: what every shot is repaired towards.
+        source: the original with what is known of it.
+        budget: of the whole.
+        settings: of the steps.
+        timing: of latencies.
+        refresh: curvature and menus of a model.
+        shots: how many.
+        go_back: build each shot but the first also from one shot earlier, and take that where its
+            divergence on held-out inputs is lower.
+
+    Returns:
+        The shots that led to the result.
+    """
+    chain: list[Built] = []
+    sources = [source]
+    for index in range(shots):
+        goal = (index + 1) / shots
+        step = smaller(original, sources[-1], _step(budget, goal, chain), settings, timing)
+        taken = [*chain, step]
+        if go_back and chain:
+            earlier = chain[:-1]
+            other = smaller(original, sources[-2], _step(budget, goal, earlier), settings, timing)
+            if _worse(original, step, other, settings):
+                taken = [*earlier, other]
+                sources.pop()
+        chain = taken
+        if index + 1 < shots:
+            fresh = refresh(chain[-1].model)
+            sources.append(replace(fresh, outputs=chain[-1].outputs))
+    return chain
+
+
+def _worse(original: nn.Module, step: Built, other: Built, settings: Settings) -> bool:
+    mine = divergence(original, step.model, settings)
+    its = divergence(original, other.model, settings)
+    return mine is not None and its is not None and its < mine
+
+
+def _step(budget: Budget, goal: float, chain: list[Built]) -> Budget:
+    """What a shot has to leave of the model that it starts from."""
+    left: dict[str, float] = {
+        unit: math.prod(shot.plan.left(unit) for shot in chain) for unit in budget.limits
+    }
+    left["latency"] = math.prod(shot.latency or 1.0 for shot in chain)
+    part = budget.step(goal, left)
+    if all(value >= 1.0 for value in part.given.values()):
+        raise NothingToCompressError("an earlier shot has left less than the budget already")
+    return part

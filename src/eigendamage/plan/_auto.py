@@ -1,0 +1,102 @@
+"""The allocation: one action a layer, at the least total price within the budget."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+from torch import nn
+
+from eigendamage.errors import BudgetError
+from eigendamage.layers import Cost, Layer
+from eigendamage.plan._channels import channel_actions
+from eigendamage.plan._market import AutoOptions, Basket, Market
+from eigendamage.plan._menus import Menus
+from eigendamage.plan._plan import Action, CarrierPlan, Channels, Keep
+from eigendamage.plan._task import Result, Task
+
+_ROUNDS = 4  # of refining what was chosen and choosing again
+
+
+def plan_auto(task: Task, menus: Menus, options: AutoOptions) -> Result:
+    """One action for every layer, at the least total price within the budget.
+
+    Chosen input bases are refined and everything is allocated again with their prices, until no
+    new one is chosen.
+
+    Raises:
+        BudgetError: if the budget cannot be met; the message says what can.
+    """
+    if task.budget.ratio is not None or task.budget.loss is not None:
+        raise BudgetError(
+            f"a budget of {task.budget} says no size, which method 'auto' allocates; give macs, "
+            f"params, bytes or latency (compress also takes a loss)"
+        )
+    market = Market(task, menus, options)
+    refined: set[tuple[str, int, int]] = set()
+    basket = market.allocate()
+    for _ in range(_ROUNDS if options.refine else 0):
+        if not market.refine(basket, refined):
+            break
+        basket = market.allocate()
+    return _result(task, menus, options, market, basket)
+
+
+def _result(
+    task: Task, menus: Menus, options: AutoOptions, market: Market, basket: Basket
+) -> Result:
+    actions: dict[str, Action] = {}
+    costs: dict[str, Cost] = {}
+    prices: dict[str, float | None] = {}
+    calibrated: dict[str, float] = {}
+    left = task.total
+
+    def note(name: str, key: str, price: float) -> None:
+        prices[name] = price
+        if options.calibration.points:
+            calibrated[name] = float(options.calibration.corrected(key, np.array([price]))[0])
+
+    for name, index in basket.layers.items():
+        menu = market.layers[name]
+        actions[name] = menu.action(index)
+        if not isinstance(actions[name], Keep):
+            note(name, name, float(menu.options.prices[index]))
+            costs[name] = menu.cost(index)
+            left = left - (task.layers[name].cost(task.curvature[name].shape) - costs[name])
+    carriers: dict[str, CarrierPlan] = {}
+    if basket.groups and menus.graph is not None:
+        dropped = {name: menus.groups[name].dropped(at) for name, at in basket.groups.items()}
+        cut, carriers = channel_actions(menus.graph, dropped, task.layers, "columns", menus.damping)
+        for name, action in cut.items():
+            actions[name], costs[name] = _with_bias(action, task.layers[name], task)
+        for name, at in basket.groups.items():
+            group = menus.groups[name]
+            note(name, f"channels of {name}", float(group.prices[at]))
+            left = left - (group.whole - group.costs[at])
+    return Result(
+        actions=actions,
+        costs=costs,
+        prices=prices,
+        calibrated=calibrated,
+        kept={**dict.fromkeys(task.layers, "its channels are decided with others"), **menus.kept},
+        left=left,
+        ratio=None,
+        gap=basket.allocation.gap,
+        changes=any(not isinstance(action, Keep) for action in actions.values()),
+        carriers=carriers,
+        left_alone=menus.left_alone,
+        notes=menus.notes,
+    )
+
+
+def _with_bias(action: Channels, layer: Layer, task: Task) -> tuple[Channels, Cost]:
+    """A layer's cut, with a bias if it reads what goes, and what it costs then."""
+    reads = len(action.inputs) < layer.inputs and isinstance(layer.module, nn.Linear | nn.Conv2d)
+    shape = replace(
+        task.curvature[layer.name].shape,
+        outputs=len(action.outputs),
+        inputs=len(action.inputs),
+    )
+    if reads:
+        shape = replace(shape, bias=True)
+    return action.model_copy(update={"bias": reads}), layer.cost(shape)

@@ -1,0 +1,357 @@
+"""The menu: every way to shrink each layer, with its price and its cost."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import IntEnum
+from fnmatch import fnmatchcase
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from eigendamage.curvature import LayerCurvature
+from eigendamage.errors import EigenDamageError, NonFiniteError
+from eigendamage.layers import FORMS, Cost, DenseForm, Layer, LayerShape
+from eigendamage.plan._plan import Action, EigenBlock, Keep, LowRank, packed
+from eigendamage.plan.prices.eigendamage import UnitPrices, layer_prices
+from eigendamage.plan.prices.low_rank import (
+    Metric,
+    NestedBases,
+    basis_prices,
+    input_directions,
+    svd_prices,
+)
+
+Floats = NDArray[np.float64]
+Integers = NDArray[np.int64]
+# Beyond so many, ranks and thresholds are thinned out evenly.
+_RANKS_OUT, _RANKS_IN, _BLOCKS = 128, 48, 512
+
+
+class Kind(IntEnum):
+    """What an option does to a layer."""
+
+    KEEP = 0
+    LOW_RANK = 1
+    BLOCK = 2
+
+
+@dataclass(frozen=True, eq=False)
+class Options:
+    """Ways to shrink a layer, one an entry of each array.
+
+    Attributes:
+        kind: see `Kind`.
+        form: index into `FORMS`.
+        rank_out: r_o; the number of outputs if they are not cut.
+        rank_in: r_i.
+        basis: which input basis, an index into `LayerMenu.bases`; −1 for none.
+        prices: expected rise of the loss.
+        macs: of one example.
+        params: parameters.
+    """
+
+    kind: Integers
+    form: Integers
+    rank_out: Integers
+    rank_in: Integers
+    basis: Integers
+    prices: Floats
+    macs: Floats
+    params: Floats
+
+    def __len__(self) -> int:
+        return len(self.prices)
+
+    def __add__(self, other: Options) -> Options:
+        return Options(
+            kind=np.concatenate([self.kind, other.kind]),
+            form=np.concatenate([self.form, other.form]),
+            rank_out=np.concatenate([self.rank_out, other.rank_out]),
+            rank_in=np.concatenate([self.rank_in, other.rank_in]),
+            basis=np.concatenate([self.basis, other.basis]),
+            prices=np.concatenate([self.prices, other.prices]),
+            macs=np.concatenate([self.macs, other.macs]),
+            params=np.concatenate([self.params, other.params]),
+        )
+
+    def take(self, which: NDArray[np.int64] | NDArray[np.bool_]) -> Options:
+        """Some of them."""
+        return Options(
+            kind=self.kind[which],
+            form=self.form[which],
+            rank_out=self.rank_out[which],
+            rank_in=self.rank_in[which],
+            basis=self.basis[which],
+            prices=self.prices[which],
+            macs=self.macs[which],
+            params=self.params[which],
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class LayerMenu:
+    """Every way to shrink one layer.
+
+    Attributes:
+        name: its dotted path.
+        options: the ways; the first keeps the layer.
+        shape: the layer's sizes, with the bias that every low-rank form has.
+        bases: input bases, (i, r) each; options use the leading columns of theirs.
+        rows: the eigenbasis' rows, dearest first: `BLOCK` options keep the leading ones.
+        columns: its columns, likewise.
+        damping: of S and A, relative to their mean diagonal.
+        has_bias: whether the layer has a bias now.
+    """
+
+    name: str
+    options: Options
+    shape: LayerShape
+    bases: tuple[Float[Tensor, "i _"], ...]
+    rows: tuple[int, ...]
+    columns: tuple[int, ...]
+    damping: float
+    has_bias: bool
+
+    def action(self, index: int) -> Action:
+        """What an option does."""
+        o = self.options
+        form = FORMS[int(o.form[index])]
+        rank_out, rank_in = int(o.rank_out[index]), int(o.rank_in[index])
+        match Kind(int(o.kind[index])):
+            case Kind.KEEP:
+                return Keep(reason="the best use of the budget leaves it as it is")
+            case Kind.BLOCK:
+                return EigenBlock(
+                    rows=tuple(sorted(self.rows[:rank_out])),
+                    columns=tuple(sorted(self.columns[:rank_in])),
+                    form=form,
+                )
+            case Kind.LOW_RANK:
+                basis = self.basis(index)
+                return LowRank(
+                    rank=rank_out,
+                    basis=None if basis is None else packed(torch.linalg.qr(basis).Q),
+                    form=form,
+                    damping=self.damping,
+                )
+
+    def cost(self, index: int) -> Cost:
+        """What an option other than to keep the layer costs."""
+        o = self.options
+        ranks = int(o.rank_out[index]), int(o.rank_in[index])
+        shape = self.shape
+        if o.kind[index] == Kind.BLOCK:
+            shape = replace(shape, bias=self.has_bias)
+        return shape.factored(*ranks, FORMS[int(o.form[index])])
+
+    def basis(self, index: int) -> Float[Tensor, "i r"] | None:
+        """The input basis of an option."""
+        which = int(self.options.basis[index])
+        return None if which < 0 else self.bases[which][:, : int(self.options.rank_in[index])]
+
+    def with_basis(self, metric: Metric, basis: Float[Tensor, "i r"], multiple: int) -> LayerMenu:
+        """The same menu with the options of one more input basis."""
+        rank_in = basis.shape[1]
+        prices = basis_prices(metric, basis)
+        index = len(self.bases)
+        found = [
+            self._low_rank(rank_out, rank_in, index, float(prices[rank_out]))
+            for rank_out in rank_grid(self.shape.outputs, len(prices) - 1, multiple, _RANKS_OUT)
+        ]
+        more = _no_larger(_stack(found), self.options)
+        return replace(self, options=self.options + more, bases=(*self.bases, basis))
+
+    def _low_rank(self, rank_out: int, rank_in: int, basis: int, price: float) -> _Row:
+        return _low_rank(self.shape, rank_out, rank_in, basis, price)
+
+
+_Row = tuple[int, int, int, int, int, float, float, float]
+
+
+def _stack(rows: Sequence[_Row]) -> Options:
+    whole = np.array([row[:5] for row in rows], np.int64).reshape(-1, 5)
+    real = np.array([row[5:] for row in rows], np.float64).reshape(-1, 3)
+    return Options(
+        kind=whole[:, 0],
+        form=whole[:, 1],
+        rank_out=whole[:, 2],
+        rank_in=whole[:, 3],
+        basis=whole[:, 4],
+        prices=real[:, 0],
+        macs=real[:, 1],
+        params=real[:, 2],
+    )
+
+
+def _row(
+    shape: LayerShape, kind: Kind, form: DenseForm, ranks: tuple[int, int], basis: int, price: float
+) -> _Row:
+    cost = shape.factored(ranks[0], ranks[1], form)
+    return (kind, FORMS.index(form), *ranks, basis, price, cost.macs, float(cost.parameters))
+
+
+def _low_rank(shape: LayerShape, rank_out: int, rank_in: int, basis: int, price: float) -> _Row:
+    form: DenseForm = "three"
+    if basis < 0:
+        form, rank_in = "merge_in", shape.inputs
+    elif rank_out >= shape.outputs:
+        form, rank_out = "merge_out", shape.outputs
+    return _row(shape, Kind.LOW_RANK, form, (rank_out, rank_in), basis, price)
+
+
+def rank_grid(size: int, most: int, multiple: int, count: int) -> list[int]:
+    """Ranks from 1 to ``most``, ``count`` at most: multiples of ``multiple``, and ``size`` itself.
+
+    Where there is no multiple up to ``most``, all ranks.
+    """
+    step = multiple * max(1, -(-most // (count * multiple)))
+    ranks = list(range(step, most + 1, step)) or list(range(1, most + 1))
+    if most >= size and size not in ranks:
+        ranks.append(size)
+    return ranks
+
+
+def metric_of(layer: Layer, curvature: LayerCurvature, damping: float) -> Metric:
+    """What a layer's low-rank forms are priced by.
+
+    Raises:
+        EigenDamageError: if the second moment of whole patches was not estimated.
+        NonFiniteError: if the weight or the curvature holds NaN or infinity.
+    """
+    A, mean = curvature.patch_moments(layer.name)
+    weight, S = layer.weight().double().cpu(), curvature.S.double().cpu()
+    for what, tensor in (("weight", weight), ("S", S), ("A", A), ("mean input", mean)):
+        if not bool(torch.isfinite(tensor).all()):
+            raise NonFiniteError(f"layer '{layer.name}': its {what} holds NaN or infinity")
+    return Metric.of(weight, S, A, mean, damping)
+
+
+def layer_menu(
+    layer: Layer,
+    curvature: LayerCurvature,
+    actions: Collection[str],
+    damping: float,
+    max_ratio: float,
+    multiple: int,
+) -> LayerMenu:
+    """Every way to shrink a layer that makes it no larger.
+
+    Low-rank forms without and with a basis of the inputs, and, unless it is factored already,
+    blocks of the eigenbasis at every threshold.
+
+    Args:
+        layer: the layer.
+        curvature: of it, with patches where low-rank forms are wished for.
+        actions: ``low-rank``, ``blocks``; anything else is not for a layer alone.
+        damping: of S and A, relative to their mean diagonal.
+        max_ratio: the most of a side of the eigenbasis that may go.
+        multiple: of which ranks are to be multiples.
+    """
+    rows: list[_Row] = []
+    bases: tuple[Tensor, ...] = ()
+    try:
+        if "low-rank" in actions:
+            metric = metric_of(layer, curvature, damping)
+            rows, bases = _low_rank_rows(metric, replace(curvature.shape, bias=True), multiple)
+    except torch.linalg.LinAlgError as error:
+        raise EigenDamageError(
+            f"layer '{layer.name}': S or A with damping {damping:g} is not positive definite; use "
+            f"a larger damping, such as 1e-2"
+        ) from error
+    known = curvature.shape
+    kept = layer.cost(known)
+    keep: _Row = (
+        Kind.KEEP,
+        0,
+        known.outputs,
+        known.inputs,
+        -1,
+        0.0,
+        kept.macs,
+        float(kept.parameters),
+    )
+    order: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
+    if "blocks" in actions and curvature.ranks == (known.outputs, known.inputs):
+        prices = layer_prices(layer.weight(), curvature)
+        order, blocks = _block_rows(prices, known, max_ratio, multiple)
+        rows += blocks
+    first = _stack([keep])
+    return LayerMenu(
+        name=layer.name,
+        options=first + _no_larger(_stack(rows), first),
+        shape=replace(known, bias=True),
+        bases=bases,
+        rows=order[0],
+        columns=order[1],
+        damping=damping,
+        has_bias=known.bias,
+    )
+
+
+def _no_larger(options: Options, keep: Options) -> Options:
+    """Those that cost no more than the layer as it is, in MACs and but for a bias in parameters."""
+    smaller = (options.macs < keep.macs[0]) & (options.params < keep.params[0])
+    return options.take(smaller)
+
+
+def _low_rank_rows(
+    metric: Metric, shape: LayerShape, multiple: int
+) -> tuple[list[_Row], tuple[Tensor, ...]]:
+    prices = svd_prices(metric)
+    o, i, K = shape.outputs, shape.inputs, shape.offsets
+    found = [
+        _low_rank(shape, rank, i, -1, float(prices[rank]))
+        for rank in rank_grid(o, len(prices) - 1, multiple, _RANKS_OUT)
+    ]
+    if K == 1:
+        return found, ()
+    nested = NestedBases(metric, input_directions(metric))
+    for rank_in in rank_grid(i, i - 1, multiple, _RANKS_IN):
+        prices = nested.prices(rank_in)
+        for rank_out in rank_grid(o, len(prices) - 1, multiple, _RANKS_OUT):
+            found.append(_low_rank(shape, rank_out, rank_in, 0, float(prices[rank_out])))
+    return found, (nested.directions,)
+
+
+def _block_rows(
+    prices: UnitPrices, shape: LayerShape, max_ratio: float, multiple: int
+) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], list[_Row]]:
+    """EigenDamage's blocks of one layer at every threshold, in every form."""
+    rows = prices.rows.argsort(descending=True, stable=True)
+    columns = prices.columns.argsort(descending=True, stable=True)
+    inside = prices.loss[rows][:, columns].cumsum(0).cumsum(1)
+    total = float(inside[-1, -1])
+    found: dict[tuple[int, int, DenseForm], _Row] = {}
+    thresholds = prices.units.unique().tolist()
+    step = max(1, len(thresholds) // _BLOCKS)
+    for threshold in thresholds[::step]:
+        kept = prices.kept(threshold, max_ratio)
+        ranks = len(kept[0]), len(kept[1])
+        for form in FORMS:
+            r_o = shape.outputs if form == "merge_out" else ranks[0]
+            r_i = shape.inputs if form == "merge_in" else ranks[1]
+            if (r_o, r_i, form) in found or any(r % multiple for r in (r_o, r_i)):
+                continue
+            price = max(0.0, total - float(inside[r_o - 1, r_i - 1]))
+            found[r_o, r_i, form] = _row(shape, Kind.BLOCK, form, (r_o, r_i), -1, price)
+    return (tuple(rows.tolist()), tuple(columns.tolist())), list(found.values())
+
+
+def floors_of(floors: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:
+    """The fraction of each layer's MACs that has to stay, by dotted path; the largest that fits."""
+    found: dict[str, float] = {}
+    for pattern, fraction in floors.items():
+        hits = [name for name in names if fnmatchcase(name, pattern)]
+        if not hits:
+            raise EigenDamageError(
+                f"floors: the pattern '{pattern}' matches no layer; layers are: "
+                f"{', '.join(list(names)[:8])}, …"
+            )
+        for name in hits:
+            found[name] = max(fraction, found.get(name, 0.0))
+    return found

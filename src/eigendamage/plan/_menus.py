@@ -1,0 +1,169 @@
+"""The menus of a whole model: made once from its curvature, used for any budget."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from torch import Tensor, nn
+
+from eigendamage.curvature import Curvature
+from eigendamage.errors import EigenDamageError, NothingToCompressError
+from eigendamage.layers import ChannelGraph, Layer
+from eigendamage.plan._group_menu import GroupMenu, group_menus
+from eigendamage.plan._matching import ignored_layers, matching_layers
+from eigendamage.plan._menu import LayerMenu, layer_menu, metric_of
+from eigendamage.plan.prices.low_rank import refined_basis
+from eigendamage.progress import track
+
+ActionKind = Literal["low-rank", "blocks", "channels"]
+"""What a menu may hold: low-rank forms in the metric S ⊗ A, blocks of the eigenbasis, channels."""
+ACTIONS: tuple[ActionKind, ...] = get_args(ActionKind)
+# Refining an input basis is worth it up to this many multiplications an evaluation of its price.
+_REFINABLE = 6e8
+
+
+@dataclass(frozen=True, eq=False)
+class Menus:
+    """Every way to shrink every layer of a model; see `make_menus`.
+
+    Attributes:
+        curvature: that they were made from.
+        layers: by dotted path.
+        groups: of channels, by name; no two of them share a layer.
+        graph: all groups that are usable; None where channels are not on the menu.
+        kept: the layers that have no menu, with the reason.
+        left_alone: why channels of other groups stay.
+        damping: of S and A, relative to their mean diagonal.
+        max_ratio: the most of a side of the eigenbasis that may go.
+        multiple: of which ranks and channels are multiples.
+        notes: what a user should know.
+    """
+
+    curvature: Curvature
+    layers: Mapping[str, LayerMenu]
+    groups: Mapping[str, GroupMenu]
+    graph: ChannelGraph | None
+    kept: Mapping[str, str]
+    left_alone: Mapping[str, str]
+    damping: float
+    max_ratio: float
+    multiple: int
+    notes: tuple[str, ...] = ()
+    _refined: dict[tuple[str, int, int], Tensor] = field(default_factory=dict, repr=False)
+
+    def refined(self, layer: Layer, rank_out: int, rank_in: int, steps: int) -> Tensor | None:
+        """A layer's input basis, refined for these ranks; None where that costs too much.
+
+        It is the same whatever was refined before, and kept for the next plan.
+        """
+        menu = self.layers[layer.name]
+        if _work(menu, rank_in) > _REFINABLE:
+            return None
+        key = (layer.name, rank_out, rank_in)
+        if key not in self._refined:
+            start = menu.bases[0][:, :rank_in]
+            metric = metric_of(layer, self.curvature[layer.name], self.damping)
+            self._refined[key] = refined_basis(metric, start, rank_out, steps)
+        return self._refined[key]
+
+
+def _work(menu: LayerMenu, rank_in: int) -> float:
+    """Multiplications in one evaluation of the price of an input basis."""
+    o, i, K = menu.shape.outputs, menu.shape.inputs, menu.shape.offsets
+    m, n = i * K, rank_in * K
+    return m * K * i * rank_in + n * K * i * rank_in + n**3 / 3 + n * n * o + o**2 * n + o**3
+
+
+def make_menus(
+    model: nn.Module,
+    curvature: Curvature,
+    *,
+    actions: Iterable[ActionKind] = ACTIONS,
+    damping: float = 1e-3,
+    max_ratio: float = 0.95,
+    multiple: int = 1,
+    ignore: Iterable[str] = (),
+    progress: bool = True,
+) -> Menus:
+    """Price every way to shrink every layer. Neither the model nor any data is run.
+
+    Each layer but the classifier gets: to be kept; low-rank forms of every rank in the metric
+    S ⊗ A (for convolutions also of every basis of leading input directions); blocks of the
+    eigenbasis; and, for groups of channels that share no layer, how many channels go. All prices
+    are the expected rise of the mean loss, those of low-rank forms and channels after the best
+    refit of what stays.
+
+    Args:
+        model: the network that the curvature is of; only its weights are read.
+        curvature: from `estimate_curvature` with ``also=("patches", "channels")``. Without the
+            channels there are none on the menu, and a note says so.
+        actions: what may be on it: ``low-rank``, ``blocks``, ``channels``.
+        damping: added to S and A, relative to their mean diagonal.
+        max_ratio: the most of one side of the eigenbasis that a block may leave out.
+        multiple: ranks and channels left are multiples of this (8 or 16 suit many processors); a
+            layer narrower than it takes any.
+        ignore: shell patterns over dotted paths of layers to leave alone.
+        progress: whether to show progress.
+
+    Raises:
+        MismatchError: if the curvature is of another model.
+        NothingToCompressError: if no layer may be changed.
+        NonFiniteError: if a weight or a factor holds NaN or infinity.
+        EigenDamageError: if the curvature lacks patches, or an option is unknown.
+    """
+    wanted = wanted_actions(actions)
+    if multiple < 1:
+        raise EigenDamageError(f"multiple is {multiple}; it must be at least 1")
+    layers = matching_layers(model, curvature)
+    ignored = ignored_layers(curvature, ignore)
+    kept = dict.fromkeys(curvature.classifier, "it is the classifier") | dict(ignored)
+    open_layers = {name: layer for name, layer in layers.items() if name not in kept}
+    if not open_layers:
+        shown = "; ".join(f"'{n}': {why}" for n, why in list(kept.items())[:6])
+        raise NothingToCompressError(f"every compressible layer is kept: {shown}")
+    menus = {
+        name: layer_menu(layer, curvature[name], wanted, damping, max_ratio, multiple)
+        for name, layer in track(
+            open_layers.items(), "pricing", total=len(open_layers), enabled=progress
+        )
+    }
+    groups: dict[str, GroupMenu] = {}
+    graph, left_alone, notes = None, {}, ()
+    if "channels" in wanted and curvature.channels is None:
+        notes = (
+            "channels are not on the menu: which of them go together was not traced (give "
+            "also=('patches', 'channels') to estimate_curvature)",
+        )
+    elif "channels" in wanted:
+        try:
+            groups, graph, left_alone = group_menus(curvature, layers, ignored, damping, multiple)
+        except NothingToCompressError as error:
+            notes = (f"channels are not on the menu: {error}",)
+    return Menus(
+        curvature=curvature,
+        layers=menus,
+        groups=groups,
+        graph=graph,
+        kept=kept,
+        left_alone=left_alone,
+        damping=damping,
+        max_ratio=max_ratio,
+        multiple=multiple,
+        notes=notes,
+    )
+
+
+def wanted_actions(actions: Iterable[ActionKind]) -> tuple[ActionKind, ...]:
+    """The known actions among those asked for, in their order.
+
+    Raises:
+        EigenDamageError: if there is none, or one is unknown.
+    """
+    asked = {actions} if isinstance(actions, str) else set(actions)
+    unknown = sorted(asked - set(ACTIONS))
+    if unknown or not asked:
+        what = f"action '{unknown[0]}' is unknown" if unknown else "no action is given"
+        raise EigenDamageError(f"{what}; known are {', '.join(ACTIONS)}")
+    return tuple(action for action in ACTIONS if action in asked)
