@@ -117,7 +117,7 @@ def compress_in_rounds(
     shares = None if train_data is None else split_batches(train_data, rounds)
     done: list[Round] = []
     current = model
-    left: dict[str, float] = {unit: 1.0 for unit in budget.limits}
+    left: dict[str, float] = {str(unit): 1.0 for unit in budget.limits}
     for index in range(rounds):
         result = compress(
             current,

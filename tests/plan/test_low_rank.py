@@ -18,9 +18,10 @@ from torch import Tensor, nn
 import eigendamage as ed
 from eigendamage.layers import FORMS, DenseForm, Layer, find_layers
 from eigendamage.plan import Calibration, LowRank, Point, metric_of
+from eigendamage.plan._knapsack_pool import efficient
 from eigendamage.plan._menu import Kind, LayerMenu, floors_of, layer_menu, rank_grid
 from eigendamage.plan._plan import packed, unpacked
-from eigendamage.plan._sites import _PAIRED, Listing, Site, front, group_site, layer_site
+from eigendamage.plan._sites import _PAIRED, Listing, Site, group_site, layer_site
 from eigendamage.plan.prices._quadratic import quadratic
 from eigendamage.plan.prices.eigendamage import layer_prices
 from eigendamage.plan.prices.low_rank import (
@@ -437,7 +438,7 @@ def test_a_low_rank_plan_of_another_layer_is_refused() -> None:
     curvature = ed.estimate_curvature(model, [x], progress=False)
     good = _action("three", 9, 7)
     for wrong, said in (
-        (good.model_copy(update={"rank": 10}), "rank 10 is above its 9 outputs"),
+        (good.model_copy(update={"rank": 10}), "has 9 outputs, the plan's rank is 10"),
         (good.model_copy(update={"basis": packed(torch.ones(9, 1))}), "not one of 7 inputs"),
     ):
         with pytest.raises(ed.MismatchError, match=said):
@@ -613,7 +614,7 @@ def test_the_front_is_what_nothing_beats(units: int) -> None:
         for _ in range(10):
             listing = _listing(options, units, rng)
             prices, costs = listing.prices, listing.costs
-            found = front(prices, costs)
+            found = efficient(prices, costs)
             assert bool((np.diff(prices[found]) >= 0).all())
             left = ~_beaten(prices, costs)
             assert len(found) == left.sum()

@@ -10,6 +10,7 @@ from eigendamage._version import __version__
 from eigendamage.cli._compare import compare_command
 from eigendamage.cli._compress import compress_command
 from eigendamage.cli._demo import demo_command
+from eigendamage.cli._sweep import sweep_command
 from eigendamage.errors import EigenDamageError
 
 app = typer.Typer(
@@ -20,6 +21,7 @@ app = typer.Typer(
 )
 app.command("demo")(demo_command)
 app.command("compress")(compress_command)
+app.command("sweep")(sweep_command)
 app.command("compare")(compare_command)
 
 

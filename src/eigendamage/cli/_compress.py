@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import typer
 from rich.console import Console
 from safetensors.torch import save_file
 
+from eigendamage.cli._parsing import floors, kinds, refuse_unwritable
 from eigendamage.cli._sources import load_data, load_model
 from eigendamage.compress import Compressed, compress
 from eigendamage.curvature import EigenvalueKind, Fisher, save_curvature
 from eigendamage.files import written_beside
-from eigendamage.plan import METHODS, Budget
+from eigendamage.plan import ACTIONS, METHODS, Budget
 from eigendamage.report import print_report
 
 
@@ -27,10 +27,17 @@ def compress_command(
     weights: Path | None = typer.Option(None, help="Trained weights, .safetensors or .pt."),
     macs: float | None = typer.Option(None, help="Fraction of the multiply-accumulates to leave."),
     params: float | None = typer.Option(None, help="Fraction of the parameters to leave."),
-    ratio: float | None = typer.Option(None, help="Fraction of all rows and columns to remove."),
-    method: str = typer.Option(
-        "eigendamage", help="How to choose what goes: " + ", ".join(METHODS) + "."
+    size: float | None = typer.Option(
+        None, "--bytes", help="Fraction of the bytes of parameters to leave."
     ),
+    latency: float | None = typer.Option(
+        None, help="Fraction of the latency to leave, as measured on this device."
+    ),
+    loss: float | None = typer.Option(
+        None, help="The most divergence from the original; the smallest model within it is found."
+    ),
+    ratio: float | None = typer.Option(None, help="Fraction of all rows and columns to remove."),
+    method: str = typer.Option("auto", help="How to choose what goes: " + ", ".join(METHODS) + "."),
     variant: str | None = typer.Option(None, help="Form of the method, where it has several."),
     fisher: Fisher = typer.Option("mc", help="Labels of the curvature."),
     eigenvalues: EigenvalueKind = typer.Option(
@@ -38,22 +45,54 @@ def compress_command(
     ),
     max_ratio: float = typer.Option(0.95, help="The most of one side of a layer that may go."),
     ignore: list[str] = typer.Option([], help="Pattern of layers to leave alone; may be repeated."),
+    actions: str = typer.Option(
+        ",".join(ACTIONS), help="For auto: what may be done to layers, by commas."
+    ),
+    multiple: int | None = typer.Option(
+        None,
+        help="For auto: ranks and channels left are multiples of this; 8 for latency, else 1.",
+    ),
+    floor: list[str] = typer.Option(
+        [], help="For auto: PATTERN=FRACTION of its MACs that a layer has to keep; may be repeated."
+    ),
+    calibrate: bool | None = typer.Option(
+        None,
+        "--calibrate/--no-calibrate",
+        help="For auto: correct prices by what layers cost alone; if neither is given, it does.",
+    ),
+    repair: bool | None = typer.Option(
+        None,
+        "--repair/--no-repair",
+        help="Refit what is changed on the data, without labels; if neither is given, auto does.",
+    ),
+    shots: int = typer.Option(1, help="For auto: reach the budget in so many steps."),
+    rounds: int = typer.Option(
+        1, help="For auto: the same, and take back a step that makes it worse."
+    ),
+    latency_batch: int = typer.Option(1, help="Images a call where latency is measured."),
     examples: int = typer.Option(2000, help="The most images to take the curvature on."),
     test_examples: int | None = typer.Option(None, help="The most images to measure on."),
     batch_size: int = typer.Option(128, help="Images a batch."),
-    recalibrate: bool = typer.Option(True, help="Measure batch norm's statistics again."),
+    recalibrate: bool | None = typer.Option(
+        None,
+        "--recalibrate/--no-recalibrate",
+        help="Measure batch norm's statistics again; if neither is given, where nothing is "
+        "repaired.",
+    ),
     seed: int = typer.Option(0, help="Of the choice of images and of label draws."),
     as_json: bool = typer.Option(False, "--json", help="Print the report as JSON."),
     quiet: bool = typer.Option(False, help="No progress, no tables."),
 ) -> None:
     """Compress a trained model to a budget and report what it cost.
 
+    --macs, --params, --bytes and --latency may be combined; --loss and --ratio stand alone.
     The folder OUT gets model.safetensors (the weights of the smaller model), plan.json,
     report.json and curvature.safetensors; the latter and the plan rebuild the smaller model from
     the original one (eigendamage.apply_plan).
     """
-    _refuse_unwritable(out)
-    budget = Budget(macs=macs, params=params, ratio=ratio)
+    refuse_unwritable(out)
+    floor_of = floors(floor)
+    budget = Budget(macs=macs, params=params, bytes=size, latency=latency, loss=loss, ratio=ratio)
     network = load_model(model, weights)
     images = load_data(
         data,
@@ -73,6 +112,14 @@ def compress_command(
         eigenvalues=eigenvalues,
         max_ratio=max_ratio,
         ignore=ignore,
+        actions=kinds(actions),
+        multiple=multiple,
+        floors=floor_of,
+        calibrate=calibrate,
+        repair=repair,
+        shots=shots,
+        rounds=rounds,
+        latency_batch=latency_batch,
         max_examples=examples,
         recalibrate=recalibrate,
         seed=seed,
@@ -87,15 +134,6 @@ def compress_command(
         if images.where:
             console.print(f"Measured on {images.where}.")
         console.print(f"Written to {out}.")
-
-
-def _refuse_unwritable(out: Path) -> None:
-    """Before anything is computed: whether the folder is there or can be made."""
-    if out.exists() and not out.is_dir():
-        raise NotADirectoryError(f"--out {out} is a file; name a folder")
-    there = next(p for p in (out, *out.absolute().parents) if p.exists())
-    if not os.access(there, os.W_OK):
-        raise PermissionError(f"--out {out}: {there} cannot be written to")
 
 
 def _write(result: Compressed, out: Path) -> None:

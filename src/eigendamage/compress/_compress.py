@@ -4,29 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from torch import nn
 
 from eigendamage.batches import Data, device_of
-from eigendamage.compress._search import Timing, in_shots
-from eigendamage.compress._split import Parts, split
-from eigendamage.compress._steps import Built, Clock, Planning, Settings, Source, built
+from eigendamage.compress._prepare import Preparation, prepared, require_loss
+from eigendamage.compress._search import in_shots
+from eigendamage.compress._steps import Built, Source, built
 from eigendamage.compress._truth import truth_of
-from eigendamage.curvature import (
-    Curvature,
-    EigenvalueKind,
-    Fisher,
-    Loss,
-    PredictiveHead,
-    calibration_table,
-    estimate_curvature,
-    head_of,
-    loss_name,
-)
-from eigendamage.errors import ChannelError, EigenDamageError, MismatchError
-from eigendamage.layers import ON_REQUEST, copy_model, find_layers
-from eigendamage.measure import count, evaluate_together, measure_latency_table
+from eigendamage.curvature import Curvature, EigenvalueKind, Fisher, Loss, calibration_table
+from eigendamage.errors import EigenDamageError
+from eigendamage.layers import copy_model
+from eigendamage.measure import count, evaluate_together
 from eigendamage.plan import (
     ACTIONS,
     ActionKind,
@@ -36,11 +27,8 @@ from eigendamage.plan import (
     Plan,
     RankBy,
     check_options,
-    make_menus,
     make_plan,
     method_named,
-    needs,
-    wanted_actions,
 )
 from eigendamage.report import (
     Environment,
@@ -93,7 +81,7 @@ def compress(
     actions: Iterable[ActionKind] = ACTIONS,
     multiple: int | None = None,
     floors: Mapping[str, float] | None = None,
-    refine: int = 12,
+    refine: int = 30,
     calibrate: bool | None = None,
     repair: bool | None = None,
     shots: int = 1,
@@ -171,115 +159,48 @@ def compress(
         rank_by=rank_by,
     )
     auto = isinstance(method_named(method), AutoMethod)
-    allowed = wanted_actions(actions)
-    _check_steps(shots, rounds, latency_batch, auto)
-    clock = Clock()
-    ignored = (ignore,) if isinstance(ignore, str) else tuple(ignore)
-    # One view of the data for all stages: a generator is used up by the first.
-    data = list(data) if isinstance(data, Iterator) else data
-    if eval_data is not None and isinstance(eval_data, Iterator):
-        eval_data = list(eval_data)
-    predictive = isinstance(head_of(loss, reduction), PredictiveHead)
-    repair = auto if repair is None else repair
-    calibrate = (auto and predictive) if calibrate is None else calibrate
-    parts: Parts | None = None
-    if repair or calibrate or budget.loss is not None:
-        parts = split(data, device_of(model), max_examples)
-    notes: list[str] = []
-
-    def estimated(network: nn.Module, ignore: Iterable[str]) -> Curvature:
-        also = needs(method)
-        if auto and "channels" not in allowed:
-            also = ("patches",)
-        while True:
-            try:
-                return estimate_curvature(
-                    network,
-                    data if parts is None else parts.fit,
-                    loss=loss,
-                    fisher=fisher,
-                    eigenvalues=eigenvalues,
-                    ignore=ignore,
-                    max_examples=max_examples if parts is None else None,
-                    also=also,
-                    reduction=reduction,
-                    seed=seed,
-                    progress=progress,
-                )
-            except ChannelError as error:
-                if not auto or "channels" not in also:
-                    raise
-                notes.append(f"channels are not on the menu: {error}")
-                also = ("patches",)
-
-    if curvature is None:
-        with clock.stage("curvature"):
-            curvature = estimated(model, ignored)
-            ignored = ()
-    elif curvature.loss != loss_name(loss):
-        raise MismatchError(
-            f"the curvature given is of the loss '{curvature.loss}', not of '{loss_name(loss)}'"
-        )
-    settings = Settings(
-        parts=parts,
+    _check_steps(shots, rounds, auto)
+    eval_data = list(eval_data) if isinstance(eval_data, Iterator) else eval_data
+    ready = prepared(
+        model,
+        data,
+        [budget],
+        method=method,
         loss=loss,
-        reduction=reduction,
+        fisher=fisher,
+        eigenvalues=eigenvalues,
+        max_ratio=max_ratio,
+        damping=damping,
+        actions=actions,
+        multiple=multiple,
+        floors=floors,
+        refine=refine,
+        calibrate=calibrate,
         repair=repair,
-        calibrated=calibrate,
-        planning=Planning(damping, refine, floors, allowed),
-        clock=clock,
+        latency_batch=latency_batch,
+        max_examples=max_examples,
+        reduction=reduction,
         seed=seed,
         progress=progress,
     )
-    step = multiple or (8 if budget.latency is not None else 1)
-
-    def source(network: nn.Module, known: Curvature, left_alone: Iterable[str]) -> Source:
-        table = None
-        if budget.latency is not None:
-            with clock.stage("latency"):
-                table = measure_latency_table(
-                    network,
-                    data,
-                    layers={
-                        name: layer
-                        for name, layer in find_layers(network).compressible.items()
-                        if name in known
-                    },
-                    batch=latency_batch,
-                    multiple=step,
-                    progress=progress,
-                )
-        with clock.stage("menus"):
-            menus = make_menus(
-                network,
-                known,
-                actions=allowed,
-                damping=damping,
-                max_ratio=max_ratio,
-                multiple=step,
-                ignore=left_alone,
-                progress=progress,
-            )
-        return Source(network, known, menus, latency=table)
-
-    def refreshed(network: nn.Module) -> Source:
-        with clock.stage("curvature"):
-            fresh = estimated(network, _patterns(curvature))
-        return source(network, fresh, ())
-
+    settings = ready.settings
+    ignored = (ignore,) if isinstance(ignore, str) else tuple(ignore)
+    if curvature is None:
+        curvature, ignored = ready.curvature(model, ignored), ()
+    require_loss(curvature, loss)
     if auto:
         chain = in_shots(
             model,
-            source(model, curvature, ignored),
+            ready.source(model, curvature, ignored),
             budget,
             settings,
-            Timing(data, latency_batch),
-            refreshed,
+            ready.timing,
+            partial(ready.source_like, curvature),
             shots=max(shots, rounds),
             go_back=rounds > 1,
         )
     else:
-        with clock.stage("plan"):
+        with settings.clock.stage("plan"):
             plan = make_plan(
                 model,
                 curvature,
@@ -296,13 +217,8 @@ def compress(
             )
         chain = [built(model, Source(model, curvature, None), plan, settings)]
     last = chain[-1]
-    recalibrate = not repair if recalibrate is None else recalibrate
-    anew: nn.Module | None = None
-    if recalibrate and last.plan.changed:
-        with clock.stage("batch norm"):
-            again = copy_model(last.model)
-            if recalibrate_batchnorm(again, data, max_examples=max_examples, progress=progress):
-                anew = again
+    recalibrate = not settings.repair if recalibrate is None else recalibrate
+    anew = with_statistics_anew(last, ready) if recalibrate else None
     return Compressed(
         model=last.model if anew is None else anew,
         plan=last.plan,
@@ -311,22 +227,31 @@ def compress(
             model,
             chain,
             anew,
-            data,
             eval_data,
             curvature,
-            settings,
-            max_examples=max_examples,
+            ready,
             traces=(0 if auto else 64) if calibration_examples is None else calibration_examples,
             budget=budget,
-            notes=notes,
         ),
         earlier=tuple(shot.plan for shot in chain[:-1]),
         repairs=last.repairs,
     )
 
 
-def _check_steps(shots: int, rounds: int, batch: int, auto: bool) -> None:
-    for what, value in (("shots", shots), ("rounds", rounds), ("latency_batch", batch)):
+def with_statistics_anew(built: Built, ready: Preparation) -> nn.Module | None:
+    """What was built with its batch norms' statistics measured again; None if nothing changes."""
+    if not built.plan.changed:
+        return None
+    with ready.settings.clock.stage("batch norm"):
+        again = copy_model(built.model)
+        norms = recalibrate_batchnorm(
+            again, ready.data, max_examples=ready.max_examples, progress=ready.settings.progress
+        )
+    return again if norms else None
+
+
+def _check_steps(shots: int, rounds: int, auto: bool) -> None:
+    for what, value in (("shots", shots), ("rounds", rounds)):
         if value < 1:
             raise EigenDamageError(f"{what} is {value}; it must be at least 1")
     if shots > 1 and rounds > 1:
@@ -337,26 +262,19 @@ def _check_steps(shots: int, rounds: int, batch: int, auto: bool) -> None:
         )
 
 
-def _patterns(curvature: Curvature) -> list[str]:
-    """The modules that were left alone on request, to be left alone again."""
-    return [name for name, why in curvature.left_alone.items() if why.startswith(ON_REQUEST)]
-
-
 def _report(
     model: nn.Module,
     chain: Sequence[Built],
     anew: nn.Module | None,
-    data: Data,
     eval_data: Data | None,
     curvature: Curvature,
-    settings: Settings,
+    ready: Preparation,
     *,
-    max_examples: int | None,
     traces: int,
     budget: Budget,
-    notes: Sequence[str],
 ) -> Report:
     """What was expected and what is measured now."""
+    data, settings = ready.data, ready.settings
     last, clock = chain[-1], settings.clock
     plan = last.plan
     repaired = last.model if last.repairs is not None else None
@@ -366,7 +284,7 @@ def _report(
             versions,
             data if eval_data is None else eval_data,
             loss=settings.loss,
-            max_examples=max_examples if eval_data is None else None,
+            max_examples=ready.max_examples if eval_data is None else None,
             reduction=settings.reduction,
             progress=settings.progress,
         )
@@ -410,7 +328,7 @@ def _report(
         gap=plan.gap,
         seconds=clock.seconds,
         environment=Environment.here(device_of(model), settings.seed),
-        notes=(*plan.notes, *notes, *([doubt] if doubt else [])),
+        notes=(*plan.notes, *ready.notes, *([doubt] if doubt else [])),
     )
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from eigendamage.compress._steps import CALIBRATED_ON, Built, Settings
 from eigendamage.measure import evaluate_together, joint_quadratic, planned_changes
-from eigendamage.plan import Calibration, Channels, LayerPlan
+from eigendamage.plan import OF_CHANNELS, Calibration, Channels, LayerPlan
 from eigendamage.report import LayerTruth, Truth
 
 _SAME = 0.1  # relative: a point this near to a price speaks for it
@@ -62,7 +62,7 @@ def truth_of(original: nn.Module, chain: Sequence[Built], settings: Settings) ->
 
 def _alone(name: str, layer: LayerPlan, calibration: Calibration) -> LayerTruth:
     price = layer.price or 0.0
-    key = f"channels of {name}" if isinstance(layer.action, Channels) else name
+    key = OF_CHANNELS + name if isinstance(layer.action, Channels) else name
     points = calibration.points.get(key, ())
     nearest = min(points, key=lambda p: abs(p.price - price), default=None)
     same = nearest is not None and abs(nearest.price - price) <= _SAME * price

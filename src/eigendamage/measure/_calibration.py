@@ -11,7 +11,7 @@ from eigendamage.batches import Data
 from eigendamage.curvature import Curvature, Loss
 from eigendamage.measure._alone import divergences_alone
 from eigendamage.measure._change import Change, planned_changes
-from eigendamage.plan import Calibration, Channels, Keep, Plan, Point
+from eigendamage.plan import OF_CHANNELS, Calibration, Channels, Keep, Plan
 from eigendamage.surgery import apply_plan
 
 # A price this near to one that was measured, relatively, is not measured again.
@@ -66,10 +66,7 @@ def calibrate(
         model, variants, data, loss=loss, max_examples=max_examples, progress=progress
     )
     return calibration.extended(
-        {
-            key: [Point(price=p, measured=m) for p, m in zip(prices[key], found, strict=True)]
-            for key, found in measured.items()
-        }
+        {key: list(zip(prices[key], found, strict=True)) for key, found in measured.items()}
     )
 
 
@@ -77,5 +74,5 @@ def _scope(name: str, action: object, curvature: Curvature) -> tuple[str, tuple[
     """Under which name a change is calibrated, and the layers that make it."""
     if isinstance(action, Channels) and curvature.channels is not None:
         readers = curvature.channels.groups[name].readers
-        return f"channels of {name}", tuple(dict.fromkeys(r.module for r in readers))
+        return OF_CHANNELS + name, tuple(dict.fromkeys(r.module for r in readers))
     return name, (name,)

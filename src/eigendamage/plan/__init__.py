@@ -2,7 +2,7 @@
 
 from eigendamage.plan._blocks import FormChoice
 from eigendamage.plan._budget import Budget, Unit
-from eigendamage.plan._calibrate import Calibration, Point
+from eigendamage.plan._calibrate import OF_CHANNELS, Calibration, Point
 from eigendamage.plan._channels import RankBy
 from eigendamage.plan._latency import LatencyTable
 from eigendamage.plan._make import check_options, make_plan
@@ -35,6 +35,7 @@ from eigendamage.plan._views import LayerView
 __all__ = [
     "ACTIONS",
     "METHODS",
+    "OF_CHANNELS",
     "Action",
     "ActionKind",
     "AutoMethod",

@@ -9,6 +9,7 @@ from torch import nn
 
 from eigendamage.errors import BudgetError
 from eigendamage.layers import Cost, Layer
+from eigendamage.plan._calibrate import OF_CHANNELS
 from eigendamage.plan._channels import channel_actions
 from eigendamage.plan._market import AutoOptions, Basket, Market
 from eigendamage.plan._menus import Menus
@@ -71,7 +72,7 @@ def _result(
             actions[name], costs[name] = _with_bias(action, task.layers[name], task)
         for name, at in basket.groups.items():
             group = menus.groups[name]
-            note(name, f"channels of {name}", float(group.prices[at]))
+            note(name, OF_CHANNELS + name, float(group.prices[at]))
             left = left - (group.whole - group.costs[at])
     return Result(
         actions=actions,

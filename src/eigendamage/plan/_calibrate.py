@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from eigendamage.files import Frozen
+
+OF_CHANNELS = "channels of "
+"""Before the name of a group, what it is calibrated under; a layer is under its own name."""
 
 
 class Point(Frozen):
@@ -19,8 +24,8 @@ class Point(Frozen):
         measured: divergence of the model with this layer alone changed and repaired.
     """
 
-    price: float
-    measured: float
+    price: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    measured: Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
     @property
     def factor(self) -> float:
@@ -40,33 +45,34 @@ class Calibration(Frozen):
     def corrected(self, name: str, prices: NDArray[np.float64]) -> NDArray[np.float64]:
         """Prices times the layer's factor, interpolated between the logarithms of what was seen.
 
-        Beyond the prices seen the nearest factor holds; a layer that was not measured has the
-        geometric mean of all factors. Without any point prices are as they were.
+        Beyond the prices seen the nearest factor holds. A divergence below that of a lower price
+        is taken for as much as that, so what is dearer stays dearer. A layer that was not measured
+        has the geometric mean of the factors of its kind (layers or channels), or of all. Without
+        any point prices are as they were.
         """
         if not self.points:
             return prices
         mine = sorted(self.points.get(name, ()), key=lambda p: p.price)
         if not mine:
-            return prices * self.typical
-        at = [math.log(p.price) for p in mine]
-        factors = [math.log(p.factor) for p in mine]
+            return prices * self._typical(name)
+        at = np.log([p.price for p in mine])
+        factors = np.log(np.maximum.accumulate([p.measured for p in mine])) - at
         found = prices.copy()
         some = prices > 0
         found[some] *= np.exp(np.interp(np.log(prices[some]), at, factors))
-        # Steeper falls than the prices' own rises would make a dearer option the better one.
         return found
 
-    @property
-    def typical(self) -> float:
-        """The geometric mean of all factors, 1 if there is none."""
-        factors = [p.factor for points in self.points.values() for p in points]
+    def _typical(self, name: str) -> float:
+        of_channels = name.startswith(OF_CHANNELS)
+        kin = [n for n in self.points if n.startswith(OF_CHANNELS) == of_channels]
+        factors = [p.factor for n in kin or self.points for p in self.points[n]]
         return math.exp(sum(map(math.log, factors)) / len(factors)) if factors else 1.0
 
-    def extended(self, found: Mapping[str, Sequence[Point]]) -> Calibration:
-        """With more points; those without a price or a divergence to compare are left out."""
+    def extended(self, found: Mapping[str, Sequence[tuple[float, float]]]) -> Calibration:
+        """With more (price, divergence); those of which one is 0 tell nothing and are left out."""
         points = {name: list(old) for name, old in self.points.items()}
         for name, new in found.items():
-            usable = [p for p in new if p.price > 0 and p.measured > 0]
+            usable = [Point(price=p, measured=m) for p, m in new if p > 0 and m > 0]
             if usable:
                 points.setdefault(name, []).extend(usable)
         return Calibration(points={name: tuple(p) for name, p in points.items()})

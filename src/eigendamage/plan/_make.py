@@ -47,7 +47,7 @@ def make_plan(
     ignore: Iterable[str] = (),
     multiple: int = 1,
     floors: Mapping[str, float] | None = None,
-    refine: int = 12,
+    refine: int = 30,
     actions: Iterable[ActionKind] = ACTIONS,
     menus: Menus | None = None,
     calibration: Calibration | None = None,
@@ -243,7 +243,7 @@ def check_options(
         raise BudgetError(f"a budget of latency is for method='auto', not for '{method}'")
     blocks = isinstance(method_named(method), BlockMethod)
     if form != "cheapest" and not blocks:
-        raise EigenDamageError(f"form='{form}' is for eigendamage; '{method}' factors no layer")
+        raise EigenDamageError(f"form='{form}' is for eigendamage, not for '{method}'")
     if rank_by is not None and not isinstance(method_named(method), ChannelMethod):
         raise EigenDamageError(f"rank_by is for methods that remove channels, not for '{method}'")
     return meant

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from eigendamage.errors import BudgetError
 from eigendamage.layers import FORMS, Cost
 from eigendamage.plan._budget import counted
-from eigendamage.plan._calibrate import Calibration
+from eigendamage.plan._calibrate import OF_CHANNELS, Calibration
 from eigendamage.plan._group_menu import GroupMenu
 from eigendamage.plan._knapsack import Allocation, allocate, least
 from eigendamage.plan._latency import LatencyTable
@@ -36,7 +36,7 @@ class AutoOptions:
         actions: which of what is on the menus may be taken.
     """
 
-    refine: int = 12
+    refine: int = 30
     calibration: Calibration = field(default_factory=Calibration)
     latency: LatencyTable | None = None
     floors: Mapping[str, float] = field(default_factory=dict[str, float])
@@ -200,7 +200,7 @@ class Market:
         return _in_unit(group.whole, unit)
 
     def _group_site(self, group: GroupMenu) -> Site:
-        prices = self._options.calibration.corrected(f"channels of {group.name}", group.prices)
+        prices = self._options.calibration.corrected(OF_CHANNELS + group.name, group.prices)
         costs = np.stack([self._group_spent(group, unit) for unit in self._limits], 1)
         index = np.flatnonzero(self._above_floors(group))
         channels = Listing(prices[index], costs[index], index)

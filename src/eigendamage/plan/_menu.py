@@ -239,7 +239,7 @@ def layer_menu(
     max_ratio: float,
     multiple: int,
 ) -> LayerMenu:
-    """Every way to shrink a layer that makes it no larger.
+    """Every way to shrink a layer that takes fewer MACs and fewer parameters.
 
     Low-rank forms without and with a basis of the inputs, and, unless it is factored already,
     blocks of the eigenbasis at every threshold.
@@ -251,6 +251,11 @@ def layer_menu(
         damping: of S and A, relative to their mean diagonal.
         max_ratio: the most of a side of the eigenbasis that may go.
         multiple: of which ranks are to be multiples.
+
+    Raises:
+        EigenDamageError: if S or A is not positive definite with this damping, or the patches are
+            missing.
+        NonFiniteError: if the weight or the curvature holds NaN or infinity.
     """
     rows: list[_Row] = []
     bases: tuple[Tensor, ...] = ()
@@ -294,7 +299,7 @@ def layer_menu(
 
 
 def _no_larger(options: Options, keep: Options) -> Options:
-    """Those that cost no more than the layer as it is, in MACs and but for a bias in parameters."""
+    """Those that take fewer MACs and fewer parameters than the layer as it is."""
     smaller = (options.macs < keep.macs[0]) & (options.params < keep.params[0])
     return options.take(smaller)
 

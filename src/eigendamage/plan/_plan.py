@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import math
 import zlib
 from collections.abc import Mapping
@@ -12,7 +11,7 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from eigendamage.errors import MismatchError
@@ -43,18 +42,21 @@ def unpacked(text: str, rows: int) -> Float[Tensor, "i r"]:
     """The matrix of `packed`.
 
     Raises:
-        MismatchError: if it is none, or has another number of rows.
+        MismatchError: if it is none, or its numbers do not make whole columns of so many rows.
     """
     most = 4 * rows * rows
     try:
         values = zlib.decompressobj().decompress(base64.b64decode(text), most + 1)
-    except (binascii.Error, zlib.error) as error:
+    except (ValueError, zlib.error) as error:
         raise MismatchError(f"an input basis of a plan cannot be read: {error}") from error
     if not values or len(values) > most or len(values) % (4 * rows):
         raise MismatchError(f"an input basis of a plan is not one of {rows} inputs")
     matrix = torch.from_numpy(np.frombuffer(values, "<f4").astype(np.float32)).reshape(rows, -1)
     if not bool(torch.isfinite(matrix).all()):
         raise MismatchError("an input basis of a plan holds NaN or infinity")
+    gram = matrix.double().T @ matrix.double()
+    if not torch.allclose(gram, torch.eye(len(gram), dtype=gram.dtype), atol=1e-4):
+        raise MismatchError("an input basis of a plan is not orthonormal")
     return matrix
 
 
@@ -110,6 +112,12 @@ class LowRank(Frozen):
     basis: str | None
     form: DenseForm
     damping: Amount
+
+    @model_validator(mode="after")
+    def _fits(self) -> LowRank:
+        if (self.basis is None) != (self.form == "merge_in"):
+            raise ValueError("merge_in has no input basis, three and merge_out have one")
+        return self
 
     def directions(self, inputs: int) -> Float[Tensor, "i r"] | None:
         """The basis, None for all inputs.
@@ -173,7 +181,7 @@ class Mask(Frozen):
         size = (count + 7) // 8
         try:
             unpacked = zlib.decompressobj().decompress(base64.b64decode(self.kept), size + 1)
-        except (binascii.Error, zlib.error) as error:
+        except (ValueError, zlib.error) as error:
             raise MismatchError(f"the mask of a plan cannot be read: {error}") from error
         if len(unpacked) != size:
             raise MismatchError(f"the mask of a plan is not of {count} weights, as the layer has")

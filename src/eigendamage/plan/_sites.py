@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eigendamage.plan._knapsack import Menu
+from eigendamage.plan._knapsack_pool import efficient
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -32,13 +33,14 @@ class Listing:
 
     def front(self) -> Listing:
         """Those that no other beats or equals in price and all costs, cheapest first."""
-        return self._take(front(self.prices, self.costs))
+        return self._take(efficient(self.prices, self.costs))
 
     def thinned(self, count: int) -> Listing:
-        """At most ``count`` of them, evenly, with the first and the last."""
+        """About ``count`` of them, evenly by price, with the cheapest in every unit."""
         if len(self.prices) <= count:
             return self
-        return self._take(np.linspace(0, len(self.prices) - 1, count).round().astype(np.int64))
+        even = np.linspace(0, len(self.prices) - 1, count).round().astype(np.int64)
+        return self._take(np.unique(np.concatenate([even, self.costs.argmin(0)])))
 
     def _take(self, which: Integers) -> Listing:
         return Listing(self.prices[which], self.costs[which], self.index[which])
@@ -61,23 +63,6 @@ class Site:
     menu: Menu
     picks: NDArray[np.int64]
     channels: Integers
-
-
-def front(prices: Floats, costs: Floats) -> Integers:
-    """Indices of the options that no other beats or equals in price and all costs, by price."""
-    order = np.lexsort((*costs.T[::-1], prices))
-    if costs.shape[1] == 1:
-        ordered = costs[order, 0]
-        before = np.concatenate([[np.inf], np.minimum.accumulate(ordered)[:-1]])
-        return order[ordered < before]
-    kept: list[int] = []
-    best = np.empty((len(order), costs.shape[1]))
-    for at in order:
-        mine = costs[at]
-        if not bool((best[: len(kept)] <= mine).all(1).any()):
-            best[len(kept)] = mine
-            kept.append(int(at))
-    return np.array(kept, np.int64)
 
 
 def layer_site(name: str, listing: Listing) -> Site:
@@ -113,7 +98,7 @@ def group_site(
         best = listing.front().thinned(_PAIRED[units])
         summed = (prices[:, None] + best.prices).ravel()
         spent = (costs[:, None] + best.costs).reshape(-1, units)
-        both = front(summed, spent)
+        both = efficient(summed, spent)
         old, new = np.divmod(both, len(best.prices))
         picks = np.concatenate([picks[old], best.index[new][:, None]], 1)
         prices, costs = summed[both], spent[both]
@@ -122,7 +107,7 @@ def group_site(
     costs = np.concatenate([costs, channels.costs])
     picks = np.concatenate([picks, none])
     gone = np.concatenate([np.full(len(picks) - len(none), -1), channels.index])
-    best = front(prices, costs)
+    best = efficient(prices, costs)
     return Site(
         layers=tuple(layers),
         group=group,

@@ -11,6 +11,8 @@ from eigendamage.report._report import (
     calibration_by_layer,
     layer_reports,
 )
+from eigendamage.report._sweep import Sweep, SweepRow
+from eigendamage.report._sweep_views import plot_sweep, print_sweep
 from eigendamage.report._terminal import count_of, number, percent, print_report, render
 from eigendamage.report._truth import TRUST, LayerTruth, Truth
 
@@ -25,6 +27,8 @@ __all__ = [
     "Report",
     "Row",
     "Settings",
+    "Sweep",
+    "SweepRow",
     "Truth",
     "calibration_by_layer",
     "count_of",
@@ -32,8 +36,10 @@ __all__ = [
     "number",
     "percent",
     "plot_comparison",
+    "plot_sweep",
     "print_comparison",
     "print_report",
+    "print_sweep",
     "ranked",
     "render",
 ]

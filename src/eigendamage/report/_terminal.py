@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from eigendamage.report._report import Measured, Report
+from eigendamage.report._truth import TRUST, Truth
 
 
 def percent(value: float | None) -> str:
@@ -30,8 +31,13 @@ def count_of(value: float) -> str:
 
 
 def render(report: Report) -> RenderableType:
-    """Headline, layers, calibration, and what was left alone, as rich renderables."""
-    parts: list[RenderableType] = [_headline(report), _measured(report), _layers(report)]
+    """Headline, truth, layers, calibration, and what was left alone, as rich renderables."""
+    parts: list[RenderableType] = [_headline(report), _measured(report)]
+    if report.truth is not None:
+        parts.append(_together(report.truth))
+    parts.append(_layers(report))
+    if report.truth is not None and report.truth.layers:
+        parts.append(_alone(report.truth))
     if report.calibration:
         parts.append(_calibration(report))
     if report.left_alone:
@@ -55,6 +61,8 @@ def _headline(report: Report) -> Table:
         ("parameters", (float(report.parameters[0]), float(report.parameters[1]))),
     ):
         table.add_row(what, count_of(before), count_of(after), percent(after / before))
+    if report.latency is not None:
+        table.add_row("latency, measured", "", "", percent(report.latency))
     return table
 
 
@@ -69,6 +77,7 @@ def _measured(report: Report) -> Table:
     rows: list[tuple[str, Measured | None]] = [
         ("original", report.original),
         ("right after surgery", report.compressed),
+        ("repaired", report.repaired),
         ("batch norm recalibrated", report.recalibrated),
     ]
     for what, m in rows:
@@ -85,8 +94,61 @@ def _measured(report: Report) -> Table:
     return table
 
 
+def _together(truth: Truth) -> Table:
+    """What was predicted of all changes together, above what was measured."""
+    table = Table(
+        title="Predicted and measured, all layers together",
+        caption=f"Divergence from the original on {truth.examples} held-out inputs. What is "
+        f"measured may be {TRUST:g} times the prediction for that to be trusted.",
+    )
+    table.add_column("")
+    table.add_column("divergence", justify="right")
+    table.add_column("measured / it", justify="right")
+    predictions = [
+        ("priced", truth.priced, truth.measured),
+        ("calibrated", truth.calibrated, truth.measured),
+        ("joint quadratic, before repair", truth.quadratic, truth.before_repair),
+    ]
+    for what, predicted, measured in predictions:
+        if predicted is not None:
+            table.add_row(what, number(predicted), _times(measured, predicted))
+    table.add_section()
+    table.add_row("measured before repair", number(truth.before_repair), "")
+    if truth.after_repair is not None:
+        table.add_row("measured after repair", number(truth.after_repair), "")
+    table.add_section()
+    table.add_row(
+        "prediction trusted",
+        "yes" if truth.trusted else "no",
+        _times(truth.measured, truth.predicted),
+    )
+    return table
+
+
+def _alone(truth: Truth) -> Table:
+    """What was predicted of every change by itself, beside what was measured."""
+    table = Table(title="Predicted and measured, each layer alone")
+    table.add_column("layer", overflow="fold")
+    for column in ("price", "calibrated", "measured", "measured / calibrated"):
+        table.add_column(column, justify="right")
+    for name, layer in truth.layers.items():
+        table.add_row(
+            name or "(the model)",
+            number(layer.price),
+            number(layer.calibrated),
+            number(layer.measured),
+            _times(layer.measured, layer.calibrated),
+        )
+    return table
+
+
+def _times(measured: float | None, predicted: float | None) -> str:
+    """How many times the prediction was measured; a dash where either is not known."""
+    return "–" if measured is None or not predicted else f"{measured / predicted:.2f}×"
+
+
 def _layers(report: Report) -> Table:
-    table = Table(title="Layers")
+    table = Table(title="Layers", caption=_gap(report.gap))
     table.add_column("layer", overflow="fold")
     table.add_column("what is done", overflow="fold", ratio=1)
     for column in ("ranks", "price", "MACs", "left", "params", "left"):
@@ -103,6 +165,15 @@ def _layers(report: Report) -> Table:
             f"{layer.parameters[1] / layer.parameters[0]:.0%}",
         )
     return table
+
+
+def _gap(gap: float | None) -> str | None:
+    """How far the plan may be from the best one, in words."""
+    if gap is None:
+        return None
+    if gap == 0:
+        return "No other plan of the same menus has a lower price."
+    return f"No other plan of the same menus has a price lower by more than {number(gap)}."
 
 
 def _calibration(report: Report) -> Table:

@@ -87,7 +87,8 @@ def _check(name: str, planned: LayerPlan, layer: Layer | None, curvature: Curvat
         _check_indices(name, "inputs", action.inputs, layer.inputs)
     elif isinstance(action, LowRank):
         action.directions(layer.inputs)
-        if action.rank > layer.outputs:
+        whole = action.form == "merge_out"
+        if action.rank > layer.outputs or (whole and action.rank < layer.outputs):
             raise MismatchError(
                 f"layer '{name}' has {layer.outputs} outputs, the plan's rank is {action.rank}"
             )

@@ -1,0 +1,69 @@
+"""What several commands read from their options, and refuse before anything is computed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import cast
+
+import typer
+
+from eigendamage.plan import ActionKind
+
+
+def fractions(text: str, option: str) -> list[float]:
+    """Numbers separated by commas.
+
+    Raises:
+        BadParameter: if there is none, or one is no number.
+    """
+    try:
+        found = [float(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        found = []
+    if not found:
+        raise typer.BadParameter(f"'{text}' is not a list of numbers", param_hint=option)
+    return found
+
+
+def floors(texts: Sequence[str]) -> dict[str, float]:
+    """By pattern the fraction that has to stay, from ``PATTERN=FRACTION`` each.
+
+    Raises:
+        BadParameter: if one is of another form, or its fraction is not from 0 to 1.
+    """
+    found: dict[str, float] = {}
+    for text in texts:
+        pattern, _, fraction = text.rpartition("=")
+        try:
+            value = float(fraction)
+        except ValueError:
+            value = -1.0
+        if not pattern or not 0 <= value <= 1:
+            raise typer.BadParameter(
+                f"'{text}' is not PATTERN=FRACTION with a fraction from 0 to 1; "
+                f"'layer1.*=0.5' leaves the layers that match at least half of their MACs",
+                param_hint="--floor",
+            )
+        found[pattern] = value
+    return found
+
+
+def kinds(text: str) -> list[ActionKind]:
+    """Kinds of actions separated by commas; the library refuses those that it does not know."""
+    return cast("list[ActionKind]", [part.strip() for part in text.split(",") if part.strip()])
+
+
+def refuse_unwritable(out: Path) -> None:
+    """Look whether the folder is there or can be made.
+
+    Raises:
+        NotADirectoryError: if it is a file.
+        PermissionError: if it cannot be written to.
+    """
+    if out.exists() and not out.is_dir():
+        raise NotADirectoryError(f"--out {out} is a file; name a folder")
+    there = next(p for p in (out, *out.absolute().parents) if p.exists())
+    if not os.access(there, os.W_OK):
+        raise PermissionError(f"--out {out}: {there} cannot be written to")

@@ -1,0 +1,108 @@
+"""eigendamage sweep: one model at many budgets, predicted and measured, as a table and a plot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import typer
+from rich.console import Console
+
+from eigendamage.cli._parsing import floors, fractions, kinds, refuse_unwritable
+from eigendamage.cli._sources import load_data, load_model
+from eigendamage.compress import sweep
+from eigendamage.curvature import Fisher
+from eigendamage.plan import ACTIONS, Budget, Unit
+from eigendamage.report import SweepRow, number, percent, plot_sweep, print_sweep
+
+
+def sweep_command(
+    model: str = typer.Option(..., help="zoo:NAME or module:callable that returns a module."),
+    data: str = typer.Option(
+        ..., help="Folder, .zip, .npz or module:callable, as for compress; labels optional."
+    ),
+    out: Path = typer.Option(..., help="Folder for the results; made if it is not there."),
+    weights: Path | None = typer.Option(None, help="Trained weights, .safetensors or .pt."),
+    budgets: str = typer.Option(
+        "0.9,0.8,0.7,0.6,0.5,0.4,0.3,0.2", help="Fractions of the model to leave, by commas."
+    ),
+    unit: Unit = typer.Option("macs", help="What budgets are fractions of."),
+    measure: str = typer.Option(
+        "none", help="Which of them to build, repair and measure: all, none or fractions by commas."
+    ),
+    multiple: int = typer.Option(1, help="Ranks and channels left are multiples of this."),
+    floor: list[str] = typer.Option(
+        [], help="PATTERN=FRACTION of its MACs that a layer has to keep; may be repeated."
+    ),
+    actions: str = typer.Option(",".join(ACTIONS), help="What may be done to layers, by commas."),
+    repair: bool = typer.Option(True, help="Refit what is built on the data, without labels."),
+    calibrate: bool = typer.Option(True, help="Correct prices by what layers cost alone."),
+    fisher: Fisher = typer.Option("mc", help="Labels of the curvature."),
+    ignore: list[str] = typer.Option([], help="Pattern of layers to leave alone; may be repeated."),
+    examples: int = typer.Option(2000, help="The most images to take the curvature on."),
+    test_examples: int | None = typer.Option(None, help="The most images to measure on."),
+    batch_size: int = typer.Option(128, help="Images a batch."),
+    seed: int = typer.Option(0, help="Of the choice of images and of label draws."),
+    as_json: bool = typer.Option(False, "--json", help="Print the sweep as JSON."),
+    quiet: bool = typer.Option(False, help="No progress, no tables."),
+) -> None:
+    """Predict what a model loses at many budgets, by one curvature, and measure it where asked.
+
+    The folder OUT gets sweep.json, sweep.svg and sweep.png. Every budget is planned as compress
+    plans it; one that cannot be met is a row that says why.
+    """
+    refuse_unwritable(out)
+    goals = [_budget(unit, fraction) for fraction in fractions(budgets, "--budgets")]
+    floor_of = floors(floor)
+    to_measure = _to_measure(measure, unit)
+    network = load_model(model, weights)
+    images = load_data(
+        data, examples=examples, batch_size=batch_size, seed=seed, test_examples=test_examples
+    )
+    console = Console(quiet=quiet or as_json)
+
+    def tell(row: SweepRow) -> None:
+        said = "cannot be met" if row.error else f"priced at {number(row.priced)}"
+        if row.measured is not None:
+            said += f", accuracy {percent(row.measured.accuracy)}"
+            said += f", divergence {number(row.measured.divergence)}"
+        console.print(f"{row.budget}: {said}", highlight=False)
+
+    result = sweep(
+        network,
+        images.data,
+        budgets=goals,
+        measure=to_measure,
+        eval_data=images.eval_data,
+        fisher=fisher,
+        ignore=ignore,
+        actions=kinds(actions),
+        multiple=multiple,
+        floors=floor_of,
+        calibrate=calibrate,
+        repair=repair,
+        max_examples=examples,
+        seed=seed,
+        progress=not quiet,
+        on_row=tell,
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    result.save(out / "sweep.json")
+    if as_json:
+        typer.echo(result.model_dump_json(indent=1))
+    print_sweep(result, console)
+    for kind in ("svg", "png"):
+        plot_sweep(result, out / f"sweep.{kind}")
+    console.print(f"Written to {out}.")
+
+
+def _budget(unit: Unit, fraction: float) -> Budget:
+    return Budget(**{unit: fraction})
+
+
+def _to_measure(text: str, unit: Unit) -> list[Budget] | Literal["none", "all"]:
+    match text:
+        case "all" | "none":
+            return text
+        case _:
+            return [_budget(unit, fraction) for fraction in fractions(text, "--measure")]

@@ -1,0 +1,147 @@
+"""A sweep over budgets as a table for a terminal, and as a plot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from eigendamage.errors import NothingToCompressError
+from eigendamage.files import written_beside
+from eigendamage.report._report import Measured
+from eigendamage.report._sweep import Sweep, SweepRow
+from eigendamage.report._terminal import number, percent
+
+_WHERE = {
+    "eval_data": "eval_data",
+    "held_out": "the data, held out from curvature and repair",
+    "data": "the data of the curvature itself",
+}
+
+
+def print_sweep(sweep: Sweep, console: Console | None = None) -> None:
+    """Print one table, a row a budget, and why budgets cannot be met."""
+    console = console or Console()
+    original = sweep.original
+    console.print(
+        f"{sweep.model}: accuracy {percent(original.accuracy)}, loss {number(original.loss)} on "
+        f"{sweep.measured_examples} examples of {_WHERE[sweep.measured_on]}"
+    )
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    table.add_column("budget", no_wrap=True)
+    timed = any(row.latency is not None for row in sweep.rows)
+    for column in (
+        "MACs",
+        "params",
+        *(["latency"] if timed else []),
+        "divergence\npriced",
+        "\ncalibrated",
+        "\nmeasured",
+        "\naccuracy",
+        "\nloss",
+    ):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in sweep.rows:
+        if row.error is not None:
+            table.add_row(row.budget, "–", "–")
+            continue
+        measured = row.measured or Measured()
+        table.add_row(
+            row.budget,
+            _share(row.macs),
+            _share(row.parameters),
+            *([_share(row.latency)] if timed else []),
+            _short(row.priced),
+            _short(row.calibrated),
+            _short(measured.divergence),
+            percent(measured.accuracy),
+            _short(measured.loss),
+        )
+    console.print(table)
+    for row in sweep.rows:
+        if row.error is not None:
+            console.print(f"{row.budget}: {row.error}", highlight=False, markup=False)
+    for note in sweep.notes:
+        console.print(f"Note: {note}", highlight=False, markup=False)
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1%}"
+
+
+def _short(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}"
+
+
+def plot_sweep(sweep: Sweep, path: str | Path) -> None:
+    """Draw accuracy (where it was measured) and divergence against the MACs left.
+
+    Predictions are lines, measurements points; the divergence has a logarithmic axis.
+
+    Args:
+        sweep: what to draw.
+        path: an image file; its suffix says of what kind (``.png``, ``.svg``, ``.pdf``).
+
+    Raises:
+        NothingToCompressError: if no budget could be met.
+    """
+    # matplotlib takes a second to import, which only those who draw should spend.
+    from matplotlib.figure import Figure  # noqa: PLC0415
+    from matplotlib.ticker import PercentFormatter  # noqa: PLC0415
+
+    rows = sorted(
+        (row for row in sweep.rows if row.macs is not None), key=lambda row: row.macs or 0.0
+    )
+    if not rows:
+        raise NothingToCompressError(
+            "there is nothing to draw: no budget of the sweep could be met"
+        )
+    accuracy = _points(rows, "accuracy")
+    panels = 2 if accuracy else 1
+    figure = Figure(figsize=(4.6 * panels + 0.4, 4.0), layout="constrained")
+    axes: Any = figure.subplots(1, panels, squeeze=False)[0]
+    if accuracy:
+        axes[0].plot(*zip(*accuracy, strict=True), color="C2", marker="o", label="measured")
+        axes[0].yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axes[0].set_ylabel("accuracy")
+        if sweep.original.accuracy is not None:
+            axes[0].axhline(
+                sweep.original.accuracy, color="0.5", linestyle=":", linewidth=1, label="original"
+            )
+    _draw_divergence(axes[-1], rows)
+    for axis in axes:
+        axis.set_xlabel("MACs left")
+        axis.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axis.grid(color="0.92")
+        axis.legend(fontsize=8, frameon=False)
+    figure.suptitle(
+        f"{sweep.model}, {sweep.measured_examples} examples of {_WHERE[sweep.measured_on]}",
+        fontsize=10,
+    )
+    with written_beside(path) as beside:
+        figure.savefig(beside, format=Path(path).suffix.removeprefix(".") or "png", dpi=100)
+
+
+def _draw_divergence(axis: Any, rows: list[SweepRow]) -> None:
+    """Lines for what was predicted and points for what was measured; zeros have no logarithm."""
+    for label, style, points in (
+        ("priced", {"color": "C0", "linestyle": "--"}, _points(rows, "priced")),
+        ("calibrated", {"color": "C1"}, _points(rows, "calibrated")),
+        ("measured", {"color": "C2", "linestyle": "", "marker": "o"}, _points(rows, "divergence")),
+    ):
+        positive = [(x, y) for x, y in points if y > 0]
+        if positive:
+            axis.plot(*zip(*positive, strict=True), label=label, **style)
+    axis.set_yscale("log")
+    axis.set_ylabel("divergence from the original")
+
+
+def _points(rows: list[SweepRow], what: str) -> list[tuple[float, float]]:
+    """(MACs left, value) of the rows that have the value, a field of theirs or of `Measured`."""
+    found = (
+        (row.macs, getattr(row if what in SweepRow.model_fields else row.measured, what, None))
+        for row in rows
+    )
+    return [(x, y) for x, y in found if x is not None and y is not None]
