@@ -46,6 +46,19 @@ class Batch:
             return self
         return self.part(0, count)
 
+    def on(self, device: torch.device) -> Batch:
+        """The same on a device."""
+
+        def move(x: Tensor) -> Tensor:
+            return x.to(device, non_blocking=True)
+
+        return Batch(
+            tuple(_map_tensors(a, move) for a in self.args),
+            {k: _map_tensors(v, move) for k, v in self.kwargs.items()},
+            None if self.target is None else move(self.target),
+            self.size,
+        )
+
     def part(self, start: int, stop: int) -> Batch:
         """The examples from ``start`` to ``stop`` of a divisible batch."""
 
@@ -160,12 +173,12 @@ def as_batch(raw: object, index: int, device: torch.device) -> Batch:
         DataError: if the item is neither a tensor, an (input, label) pair nor a dict of tensors.
         NonFiniteError: if an input holds a NaN or an infinity.
     """
+    if isinstance(raw, Batch):
+        return raw.on(device)
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = {}
     target: object = None
-    if isinstance(raw, Batch):
-        args, kwargs, target = raw.args, dict(raw.kwargs), raw.target
-    elif isinstance(raw, Tensor):
+    if isinstance(raw, Tensor):
         args = (raw,)
     elif isinstance(raw, Mapping):
         kwargs = {str(k): v for k, v in cast("Mapping[object, Any]", raw).items()}

@@ -13,6 +13,7 @@ from torch import nn
 from eigendamage.compress._split import Parts
 from eigendamage.curvature import Curvature, Loss
 from eigendamage.errors import BudgetError
+from eigendamage.layers import ON_REQUEST
 from eigendamage.measure import calibrate, evaluate
 from eigendamage.plan import (
     ActionKind,
@@ -246,12 +247,14 @@ def left_outputs(before: Mapping[str, tuple[int, ...]], plan: Plan) -> dict[str,
 
 
 def repairable(plan: Plan) -> list[str]:
-    """The layers that a plan changes in more than which outputs there are."""
+    """All layers but those that are left alone on request.
+
+    A layer that is kept reads what changed layers before it return, and makes up for some of it.
+    """
     return [
         name
         for name, layer in plan.layers.items()
-        if not isinstance(layer.action, Keep)
-        and not (isinstance(layer.action, Channels) and len(layer.action.inputs) == layer.shape[1])
+        if not isinstance(layer.action, Keep) or not layer.action.reason.startswith(ON_REQUEST)
     ]
 
 

@@ -53,8 +53,8 @@ def sweep(
     """What a model would lose at each of many budgets, by ``method="auto"``. It is not changed.
 
     All budgets share one curvature and one set of menus. They are planned in the order given, and
-    what a calibration measures for one is known to those after it: their plans may be a little
-    better than those that `compress` makes for them alone.
+    what a calibration measures for one is known to those after it: their plans may differ a little
+    from what `compress` makes of the same budget alone.
 
     Args:
         model: the trained network.

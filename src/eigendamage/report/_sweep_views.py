@@ -15,7 +15,7 @@ from eigendamage.report._sweep import Sweep, SweepRow
 from eigendamage.report._terminal import number, percent
 
 _WHERE = {
-    "eval_data": "eval_data",
+    "eval_data": "held-out data",
     "held_out": "the data, held out from curvature and repair",
     "data": "the data of the curvature itself",
 }
@@ -104,7 +104,7 @@ def plot_sweep(sweep: Sweep, path: str | Path) -> None:
     axes: Any = figure.subplots(1, panels, squeeze=False)[0]
     if accuracy:
         axes[0].plot(*zip(*accuracy, strict=True), color="C2", marker="o", label="measured")
-        axes[0].yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axes[0].yaxis.set_major_formatter(PercentFormatter(1))
         axes[0].set_ylabel("accuracy")
         if sweep.original.accuracy is not None:
             axes[0].axhline(

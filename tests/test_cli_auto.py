@@ -1,0 +1,194 @@
+"""The command line's way to method auto: compress with its options, and sweep."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+import eigendamage as ed
+from eigendamage.cli import app
+
+_SOURCE = """
+import torch
+from torch import nn
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.Conv2d(8, 12, 3, padding=1), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 4),
+    )
+
+def batches(count):
+    g = torch.Generator().manual_seed(1)
+    return [(torch.randn(4, 3, 6, 6, generator=g), torch.randint(0, 4, (4,), generator=g))
+            for _ in range(count)]
+
+def data():
+    return [x for x, _ in batches(6)], batches(2)
+"""
+
+
+@pytest.fixture(autouse=True)
+def _module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module `tiny` with a network and data, in the folder that commands run in."""
+    (tmp_path / "tiny.py").write_text(_SOURCE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+def _run(command: str, *options: str) -> Result:
+    arguments = [command, "--model", "tiny:net", "--data", "tiny:data", "--out", "out", *options]
+    return CliRunner().invoke(app, arguments)
+
+
+def _went_well(done: Result) -> Result:
+    assert done.exit_code == 0, (done.output, done.exception)
+    return done
+
+
+def _only_document(done: Result) -> dict[str, object]:
+    """Standard output as one JSON document, with nothing before or after it."""
+    return json.loads(_went_well(done).stdout)
+
+
+def test_compress_takes_auto_and_repairs_and_says_so() -> None:
+    out = Path("out")
+    done = _went_well(_run("compress", "--macs", "0.6", "--params", "0.7"))
+    report = ed.Report.load(out / "report.json")
+    assert report.method == "auto"
+    assert report.budget == "macs 0.6, params 0.7"
+    assert report.macs[1] <= 0.6 * report.macs[0]
+    assert report.parameters[1] <= 0.7 * report.parameters[0]
+    assert report.repaired is not None
+    assert report.recalibrated is None
+    plan = ed.Plan.load(out / "plan.json")
+    small = ed.apply_plan(_net(), plan, ed.load_curvature(out / "curvature.safetensors"))
+    small.load_state_dict(load_file(out / "model.safetensors"))
+    truth = report.truth
+    assert truth is not None
+    rows = _rows(done.output)
+    assert rows["repaired"][-1] == f"{report.repaired.divergence:.4g}"
+    assert rows["priced"][0] == f"{truth.priced:.4g}"
+    assert rows["calibrated"] == [f"{truth.calibrated:.4g}", f"{truth.factor:.2f}×"]
+    assert rows["joint quadratic, before repair"][0] == f"{truth.quadratic:.4g}"
+    assert rows["measured before repair"][0] == f"{truth.before_repair:.4g}"
+    assert rows["measured after repair"][0] == f"{truth.after_repair:.4g}"
+    assert rows["prediction trusted"][0] == ("yes" if truth.trusted else "no")
+    alone = done.output[done.output.index("each layer alone") :]
+    for name, layer in truth.layers.items():
+        found = _rows(alone)[name]
+        assert found[:2] == [f"{layer.price:.4g}", f"{layer.calibrated:.4g}"]
+        assert found[2] == ("–" if layer.measured is None else f"{layer.measured:.4g}")
+    assert "No other plan of the same menus" in " ".join(done.output.split())
+
+
+def _net() -> object:
+    import tiny  # noqa: PLC0415
+
+    return tiny.net().eval()
+
+
+def _rows(output: str) -> dict[str, list[str]]:
+    """The cells of every line of a table by its first one."""
+    lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in output.splitlines()]
+    return {cells[0]: [c for c in cells[1:] if c] for cells in lines if cells}
+
+
+def test_compress_without_repair_recalibrates_unless_told_not_to() -> None:
+    options = ["--bytes", "0.7", "--no-repair", "--no-calibrate", "--quiet"]
+    _went_well(_run("compress", *options))
+    report = ed.Report.load("out/report.json")
+    assert report.budget == "bytes 0.7"
+    assert (report.repaired, report.truth) == (None, None)
+    assert report.recalibrated is not None
+    _went_well(_run("compress", *options, "--no-recalibrate"))
+    assert ed.Report.load("out/report.json").recalibrated is None
+
+
+def test_compress_to_a_loss() -> None:
+    report = _only_document(_run("compress", "--loss", "0.05", "--no-calibrate", "--json"))
+    assert report["budget"] == "loss 0.05"
+    assert report["macs"][1] < report["macs"][0]
+    assert report["truth"]["after_repair"] <= 0.05
+
+
+def test_compress_in_shots_of_some_actions_by_multiples() -> None:
+    options = ["--macs", "0.5", "--shots", "2", "--multiple", "4", "--actions", "low-rank"]
+    options += ["--floor", "0=1", "--no-calibrate", "--ignore", "nothing*"]
+    done = _run("compress", *options)
+    assert isinstance(done.exception, ed.EigenDamageError)  # the pattern matches nothing
+    assert "nothing*" in str(done.exception)
+    _went_well(_run("compress", *options[:-2], "--quiet"))
+    plan = ed.Plan.load("out/plan.json")
+    assert "0" not in plan.changed
+    for name in plan.changed:
+        action = plan.layers[name].action
+        assert isinstance(action, ed.LowRank)
+        assert action.rank % 4 == 0
+
+
+@pytest.mark.parametrize("command", ["compress", "sweep"])
+@pytest.mark.parametrize("text", ["half", "conv1=lots", "=0.5", "conv1=1.5", "conv1="])
+def test_a_floor_of_another_form_is_refused_at_once(command: str, text: str) -> None:
+    done = _run(command, "--floor", text, *(["--macs", "0.5"] if command == "compress" else []))
+    assert done.exit_code == 2
+    assert "PATTERN=FRACTION" in " ".join(done.output.replace("│", " ").split())
+    assert not Path("out").exists()
+
+
+def test_sweep_writes_json_and_plots_and_shows_a_table() -> None:
+    done = _went_well(_run("sweep", "--budgets", "0.8,0.5,0.001", "--measure", "0.5"))
+    found = ed.Sweep.load("out/sweep.json")
+    assert [row.budget for row in found.rows] == ["macs 0.8", "macs 0.5", "macs 0.001"]
+    assert [row.measured is not None for row in found.rows] == [False, True, False]
+    assert found.rows[2].error is not None
+    assert (found.measured_on, found.measured_examples) == ("eval_data", 8)
+    assert sorted(p.name for p in Path("out").iterdir()) == ["sweep.json", "sweep.png", "sweep.svg"]
+    assert _mentions(done.output, ["macs 0.8: priced at", "macs 0.001: cannot be met", "Written"])
+
+
+def _mentions(output: str, words: Sequence[str]) -> bool:
+    text = " ".join(output.split())
+    return all(word in text for word in words)
+
+
+def test_sweep_as_json_prints_one_document() -> None:
+    options = ["--budgets", "0.7", "--unit", "params", "--no-calibrate", "--no-repair", "--json"]
+    document = _only_document(_run("sweep", *options, "--floor", "3=0.9", "--actions", "low-rank"))
+    assert document == json.loads(Path("out/sweep.json").read_text())
+    [row] = document["rows"]
+    assert row["budget"] == "params 0.7"
+    assert row["error"] is not None  # the floor leaves too much for that
+    [row] = _only_document(_run("sweep", *options, "--measure", "all"))["rows"]
+    assert row["parameters"] <= 0.7
+    assert row["measured"]["divergence"] >= 0
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--measure", "0.4"], "macs 0.4 is not in the sweep"),
+        (["--actions", "magic"], "action 'magic' is unknown"),
+        (["--budgets", "1.5"], "macs is 1.5"),
+    ],
+)
+def test_sweep_refuses_what_it_does_not_know(options: list[str], words: str) -> None:
+    done = _run("sweep", *options)
+    assert isinstance(done.exception, ed.EigenDamageError)
+    assert words in str(done.exception)
+    assert not Path("out").exists()
+
+
+def test_sweep_refuses_a_list_that_is_none() -> None:
+    for options in (["--budgets", "half"], ["--measure", "some"], ["--budgets", ","]):
+        done = _run("sweep", *options)
+        assert done.exit_code == 2
+        assert "is not a list of numbers" in " ".join(done.output.replace("│", " ").split())
