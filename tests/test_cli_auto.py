@@ -35,6 +35,8 @@ def data():
     return [x for x, _ in batches(6)], batches(2)
 """
 
+_FEW = ("--no-calibrate", "--actions", "low-rank")  # quick, where neither matters
+
 
 @pytest.fixture(autouse=True)
 def _module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,7 +105,7 @@ def _rows(output: str) -> dict[str, list[str]]:
 
 
 def test_compress_without_repair_recalibrates_unless_told_not_to() -> None:
-    options = ["--bytes", "0.7", "--no-repair", "--no-calibrate", "--quiet"]
+    options = ["--bytes", "0.7", "--no-repair", *_FEW, "--quiet"]
     _went_well(_run("compress", *options))
     report = ed.Report.load("out/report.json")
     assert report.budget == "bytes 0.7"
@@ -114,15 +116,15 @@ def test_compress_without_repair_recalibrates_unless_told_not_to() -> None:
 
 
 def test_compress_to_a_loss() -> None:
-    report = _only_document(_run("compress", "--loss", "0.05", "--no-calibrate", "--json"))
+    report = _only_document(_run("compress", "--loss", "0.05", *_FEW, "--json"))
     assert report["budget"] == "loss 0.05"
     assert report["macs"][1] < report["macs"][0]
     assert report["truth"]["after_repair"] <= 0.05
 
 
 def test_compress_in_shots_of_some_actions_by_multiples() -> None:
-    options = ["--macs", "0.5", "--shots", "2", "--multiple", "4", "--actions", "low-rank"]
-    options += ["--floor", "0=1", "--no-calibrate", "--ignore", "nothing*"]
+    options = ["--macs", "0.5", "--shots", "2", "--multiple", "4", *_FEW]
+    options += ["--floor", "0=1", "--ignore", "nothing*"]
     done = _run("compress", *options)
     assert isinstance(done.exception, ed.EigenDamageError)  # the pattern matches nothing
     assert "nothing*" in str(done.exception)
@@ -161,21 +163,28 @@ def _mentions(output: str, words: Sequence[str]) -> bool:
 
 
 def test_sweep_as_json_prints_one_document() -> None:
-    options = ["--budgets", "0.7", "--unit", "params", "--no-calibrate", "--no-repair", "--json"]
-    document = _only_document(_run("sweep", *options, "--floor", "3=0.9", "--actions", "low-rank"))
+    options = ["--budgets", "0.7", "--unit", "params", "--measure", "all", *_FEW]
+    document = _only_document(_run("sweep", *options, "--no-repair", "--json"))
     assert document == json.loads(Path("out/sweep.json").read_text())
     [row] = document["rows"]
     assert row["budget"] == "params 0.7"
-    assert row["error"] is not None  # the floor leaves too much for that
-    [row] = _only_document(_run("sweep", *options, "--measure", "all"))["rows"]
     assert row["parameters"] <= 0.7
     assert row["measured"]["divergence"] >= 0
+
+
+def test_a_sweep_of_which_nothing_can_be_met_fails_but_is_kept() -> None:
+    options = ["--budgets", "0.5", "--floor", "*=1", *_FEW]
+    done = _run("sweep", *options, "--quiet")
+    assert isinstance(done.exception, ed.NothingToCompressError)
+    [row] = ed.Sweep.load("out/sweep.json").rows
+    assert row.error is not None
+    assert not Path("out/sweep.png").exists()
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--measure", "0.4"], "macs 0.4 is not in the sweep"),
+        (["--measure", "0.33"], "macs 0.33 is not in the sweep"),
         (["--actions", "magic"], "action 'magic' is unknown"),
         (["--budgets", "1.5"], "macs is 1.5"),
     ],

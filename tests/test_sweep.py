@@ -70,6 +70,7 @@ def test_prices_rise_as_budgets_fall_and_budgets_hold() -> None:
         calibrate=False,
         repair=False,
         refine=0,
+        actions=["low-rank", "blocks"],
         progress=False,
         on_row=seen.append,
     )
@@ -89,7 +90,7 @@ def test_prices_rise_as_budgets_fall_and_budgets_hold() -> None:
 
 
 def test_every_row_is_what_compress_says_of_that_budget() -> None:
-    options = {"calibrate": False, "refine": 0, "progress": False}
+    options = {"calibrate": False, "refine": 0, "actions": ["low-rank"], "progress": False}
     test = _batches(8)
     for repair in (True, False):
         [row] = ed.sweep(

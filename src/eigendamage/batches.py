@@ -96,7 +96,8 @@ class Batches:
     def __iter__(self) -> Iterator[Batch]:
         seen = 0
         for index, raw in enumerate(self._source):
-            batch = as_batch(raw, index, self._device)
+            known = isinstance(raw, Batch)
+            batch = raw.on(self._device) if known else as_batch(raw, index, self._device)
             if self._limit is not None and seen + batch.size > self._limit:
                 batch = batch.few(self._limit - seen)
             seen += batch.size
@@ -167,14 +168,12 @@ def _is_input_label_pair(data: object) -> bool:
 
 
 def as_batch(raw: object, index: int, device: torch.device) -> Batch:
-    """One item of the user's data as a `Batch` on ``device``; a `Batch` is moved there.
+    """One item of the user's data as a `Batch` on ``device``.
 
     Raises:
         DataError: if the item is neither a tensor, an (input, label) pair nor a dict of tensors.
         NonFiniteError: if an input holds a NaN or an infinity.
     """
-    if isinstance(raw, Batch):
-        return raw.on(device)
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = {}
     target: object = None

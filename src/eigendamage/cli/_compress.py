@@ -91,7 +91,7 @@ def compress_command(
     the original one (eigendamage.apply_plan).
     """
     refuse_unwritable(out)
-    floor_of = floors(floor)
+    floor_of, allowed = floors(floor), kinds(actions)
     budget = Budget(macs=macs, params=params, bytes=size, latency=latency, loss=loss, ratio=ratio)
     network = load_model(model, weights)
     images = load_data(
@@ -112,7 +112,7 @@ def compress_command(
         eigenvalues=eigenvalues,
         max_ratio=max_ratio,
         ignore=ignore,
-        actions=kinds(actions),
+        actions=allowed,
         multiple=multiple,
         floors=floor_of,
         calibrate=calibrate,

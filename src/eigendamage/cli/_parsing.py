@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import cast
 
 import typer
 
-from eigendamage.plan import ActionKind
+from eigendamage.plan import ActionKind, wanted_actions
 
 
 def fractions(text: str, option: str) -> list[float]:
@@ -50,9 +50,14 @@ def floors(texts: Sequence[str]) -> dict[str, float]:
     return found
 
 
-def kinds(text: str) -> list[ActionKind]:
-    """Kinds of actions separated by commas; the library refuses those that it does not know."""
-    return cast("list[ActionKind]", [part.strip() for part in text.split(",") if part.strip()])
+def kinds(text: str) -> tuple[ActionKind, ...]:
+    """Kinds of actions separated by commas.
+
+    Raises:
+        EigenDamageError: if there is none, or one is unknown.
+    """
+    named = (part.strip() for part in text.split(",") if part.strip())
+    return wanted_actions(cast("Iterator[ActionKind]", named))
 
 
 def refuse_unwritable(out: Path) -> None:

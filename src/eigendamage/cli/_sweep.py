@@ -49,11 +49,12 @@ def sweep_command(
     """Predict what a model loses at many budgets, by one curvature, and measure it where asked.
 
     The folder OUT gets sweep.json, sweep.svg and sweep.png. Every budget is planned as compress
-    plans it; one that cannot be met is a row that says why.
+    plans it; one that cannot be met is a row that says why. If none can, there is no plot, and the
+    exit code is 1.
     """
     refuse_unwritable(out)
     goals = [_budget(unit, fraction) for fraction in fractions(budgets, "--budgets")]
-    floor_of = floors(floor)
+    floor_of, allowed = floors(floor), kinds(actions)
     to_measure = _to_measure(measure, unit)
     network = load_model(model, weights)
     images = load_data(
@@ -76,7 +77,7 @@ def sweep_command(
         eval_data=images.eval_data,
         fisher=fisher,
         ignore=ignore,
-        actions=kinds(actions),
+        actions=allowed,
         multiple=multiple,
         floors=floor_of,
         calibrate=calibrate,

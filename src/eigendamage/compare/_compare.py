@@ -57,6 +57,10 @@ def compare(
     All methods share one curvature, the same images and the same steps of training. Nothing is
     chosen by what is measured. The model given is not changed.
 
+    ``auto`` is shown repaired in place of right after surgery: its result without training. The
+    shared curvature is of all of ``data``, so it has seen the tenth on which ``auto`` calibrates
+    and judges repairs, which `compress` alone holds out of it; ``eval_data`` it has not seen.
+
     Args:
         model: the trained network.
         data: inputs for the curvature, as for `compress`.

@@ -17,7 +17,7 @@ from eigendamage.curvature import Curvature, Fisher, preserved_random_state
 from eigendamage.errors import EigenDamageError
 from eigendamage.measure import Evaluation, evaluate
 from eigendamage.plan import Budget, Unit, needs
-from eigendamage.report import Measured, Row
+from eigendamage.report import Measured, Report, Row
 from eigendamage.rounds import compress_in_rounds
 from eigendamage.training import FinetuneConfig, finetune
 
@@ -93,7 +93,7 @@ class Contest:
         handed_back = Measured.of(self._measured(last.compressed.model))
         surgery, recalibrated = handed_back, None
         if report.recalibrated is not None:
-            surgery = report.compressed.model_copy(update={"divergence": None})
+            surgery = _untrained(report).model_copy(update={"divergence": None})
             recalibrated = handed_back
         macs = report.macs[1] / result.rounds[0].compressed.report.macs[0]
         return Row(
@@ -137,7 +137,7 @@ class Contest:
             macs=report.macs[1] / report.macs[0],
             parameters=_left(result.model, self.model),
             predicted=report.predicted,
-            surgery=report.compressed,
+            surgery=_untrained(report),
             recalibrated=report.recalibrated,
             tuned=tuned,
             seconds=seconds,
@@ -146,6 +146,11 @@ class Contest:
 
     def _measured(self, model: nn.Module) -> Evaluation:
         return evaluate(model, self.eval_data, reference=self.model, progress=self.progress)
+
+
+def _untrained(report: Report) -> Measured:
+    """What a method gives before batch norm is measured anew: repaired on data, if it does that."""
+    return report.compressed if report.repaired is None else report.repaired
 
 
 def _left(model: nn.Module, original: nn.Module) -> float:

@@ -235,9 +235,10 @@ def _worse(original: nn.Module, step: Built, other: Built, settings: Settings) -
 def _step(budget: Budget, goal: float, chain: list[Built]) -> Budget:
     """What a shot has to leave of the model that it starts from."""
     left: dict[str, float] = {
-        unit: math.prod(shot.plan.left(unit) for shot in chain) for unit in budget.limits
+        unit: math.prod((shot.plan.left(unit) for shot in chain), start=1.0)
+        for unit in budget.limits
     }
-    left["latency"] = math.prod(shot.latency or 1.0 for shot in chain)
+    left["latency"] = math.prod((shot.latency or 1.0 for shot in chain), start=1.0)
     part = budget.step(goal, left)
     if all(value >= 1.0 for value in part.given.values()):
         raise NothingToCompressError("an earlier shot has left less than the budget already")

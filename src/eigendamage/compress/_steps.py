@@ -13,7 +13,6 @@ from torch import nn
 from eigendamage.compress._split import Parts
 from eigendamage.curvature import Curvature, Loss
 from eigendamage.errors import BudgetError
-from eigendamage.layers import ON_REQUEST
 from eigendamage.measure import calibrate, evaluate
 from eigendamage.plan import (
     ActionKind,
@@ -247,14 +246,16 @@ def left_outputs(before: Mapping[str, tuple[int, ...]], plan: Plan) -> dict[str,
 
 
 def repairable(plan: Plan) -> list[str]:
-    """All layers but those that are left alone on request.
+    """The layers that a plan changes in more than which outputs there are.
 
-    A layer that is kept reads what changed layers before it return, and makes up for some of it.
+    Kept layers stay as they are: refitting them too, the classifier among them, lowered the
+    divergence at half the MACs of a ResNet-20 and raised it at a third.
     """
     return [
         name
         for name, layer in plan.layers.items()
-        if not isinstance(layer.action, Keep) or not layer.action.reason.startswith(ON_REQUEST)
+        if not isinstance(layer.action, Keep)
+        and (not isinstance(layer.action, Channels) or len(layer.action.inputs) < layer.shape[1])
     ]
 
 

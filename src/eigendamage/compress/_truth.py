@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from eigendamage.compress._steps import CALIBRATED_ON, Built, Settings
-from eigendamage.measure import evaluate_together, joint_quadratic, planned_changes
+from eigendamage.measure import calibrate, evaluate_together, joint_quadratic, planned_changes
 from eigendamage.plan import OF_CHANNELS, Calibration, Channels, LayerPlan
 from eigendamage.report import LayerTruth, Truth
 
@@ -44,6 +44,16 @@ def truth_of(original: nn.Module, chain: Sequence[Built], settings: Settings) ->
                 max_examples=CALIBRATED_ON,
                 progress=settings.progress,
             )
+        alone = calibrate(
+            last.source.model,
+            last.source.curvature,
+            [last.plan],
+            settings.parts.held_out,
+            known=last.source.calibration,
+            loss=settings.loss,
+            max_examples=CALIBRATED_ON,
+            progress=settings.progress,
+        )
     corrected = [built.plan.calibrated for built in chain]
     return Truth(
         examples=cut.examples,
@@ -53,7 +63,7 @@ def truth_of(original: nn.Module, chain: Sequence[Built], settings: Settings) ->
         before_repair=cut.divergence,
         after_repair=None if last.repairs is None else repaired.divergence,
         layers={
-            name: _alone(name, layer, last.source.calibration)
+            name: _alone(name, layer, alone)
             for name, layer in last.plan.layers.items()
             if layer.changes and layer.price
         },

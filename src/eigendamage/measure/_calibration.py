@@ -72,7 +72,8 @@ def calibrate(
 
 def _scope(name: str, action: object, curvature: Curvature) -> tuple[str, tuple[str, ...]]:
     """Under which name a change is calibrated, and the layers that make it."""
-    if isinstance(action, Channels) and curvature.channels is not None:
-        readers = curvature.channels.groups[name].readers
+    groups = {} if curvature.channels is None else curvature.channels.groups
+    if isinstance(action, Channels) and name in groups:
+        readers = groups[name].readers
         return OF_CHANNELS + name, tuple(dict.fromkeys(r.module for r in readers))
     return name, (name,)

@@ -199,7 +199,9 @@ METHODS: Mapping[str, Method] = {
         ("patches", "channels"),
         _single(
             ChannelRule(
-                _by_rows(lambda y: c_obs.row_prices(y.W, y.S_inverse, y.A_inverse)), "c-obs"
+                _by_rows(lambda y: c_obs.row_prices(y.W, y.S_inverse, y.A_inverse)),
+                "c-obs",
+                is_rise=False,  # each weight is priced as if it went alone
             )
         ),
     ),

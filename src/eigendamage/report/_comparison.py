@@ -55,7 +55,7 @@ class Row(Frozen):
         parameters: left likewise, those that are not masked to zero.
         predicted: expected rise of the loss right after surgery; None where the method has none or
             where there are several rounds.
-        surgery: right after (the last) surgery.
+        surgery: right after (the last) surgery; after the repair on data where the method has one.
         recalibrated: with batch norm's statistics measured again; None if there is none.
         tuned: after training; None if there was none.
         seconds: of compressing (without the curvature that all share) and of training.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,6 @@ from rich.table import Table
 
 from eigendamage.errors import NothingToCompressError
 from eigendamage.files import written_beside
-from eigendamage.report._report import Measured
 from eigendamage.report._sweep import Sweep, SweepRow
 from eigendamage.report._terminal import number, percent
 
@@ -19,6 +19,27 @@ _WHERE = {
     "held_out": "the data, held out from curvature and repair",
     "data": "the data of the curvature itself",
 }
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.1%}"
+
+
+def _short(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"
+
+
+_COLUMNS: tuple[tuple[str, Callable[[SweepRow], str]], ...] = (
+    ("MACs", lambda row: _share(row.macs)),
+    ("params", lambda row: _share(row.parameters)),
+    ("latency", lambda row: _share(row.latency)),
+    ("divergence\npriced", lambda row: _short(row.priced)),
+    ("\ncalibrated", lambda row: _short(row.calibrated)),
+    ("\nmeasured", lambda row: _short(row.measured and row.measured.divergence)),
+    ("\naccuracy", lambda row: _share(row.measured and row.measured.accuracy)),
+    ("\nloss", lambda row: _short(row.measured and row.measured.loss)),
+)
+"""Those that are empty for all rows are left out."""
 
 
 def print_sweep(sweep: Sweep, console: Console | None = None) -> None:
@@ -30,49 +51,18 @@ def print_sweep(sweep: Sweep, console: Console | None = None) -> None:
         f"{sweep.measured_examples} examples of {_WHERE[sweep.measured_on]}"
     )
     table = Table(box=None, padding=(0, 1, 0, 0))
-    table.add_column("budget", no_wrap=True)
-    timed = any(row.latency is not None for row in sweep.rows)
-    for column in (
-        "MACs",
-        "params",
-        *(["latency"] if timed else []),
-        "divergence\npriced",
-        "\ncalibrated",
-        "\nmeasured",
-        "\naccuracy",
-        "\nloss",
-    ):
-        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("budget", overflow="fold")
+    shown = [(header, cell) for header, cell in _COLUMNS if any(cell(row) for row in sweep.rows)]
+    for header, _ in shown:
+        table.add_column(header, justify="right", no_wrap=True)
     for row in sweep.rows:
-        if row.error is not None:
-            table.add_row(row.budget, "–", "–")
-            continue
-        measured = row.measured or Measured()
-        table.add_row(
-            row.budget,
-            _share(row.macs),
-            _share(row.parameters),
-            *([_share(row.latency)] if timed else []),
-            _short(row.priced),
-            _short(row.calibrated),
-            _short(measured.divergence),
-            percent(measured.accuracy),
-            _short(measured.loss),
-        )
+        table.add_row(row.budget, *(cell(row) or "–" for _, cell in shown))
     console.print(table)
     for row in sweep.rows:
         if row.error is not None:
             console.print(f"{row.budget}: {row.error}", highlight=False, markup=False)
     for note in sweep.notes:
         console.print(f"Note: {note}", highlight=False, markup=False)
-
-
-def _share(value: float | None) -> str:
-    return "–" if value is None else f"{value:.1%}"
-
-
-def _short(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3g}"
 
 
 def plot_sweep(sweep: Sweep, path: str | Path) -> None:
