@@ -45,78 +45,100 @@ def rise(measured: Mapping[str, float] | None, original: Mapping[str, float]) ->
     return None if measured is None else measured["loss"] - original["loss"]
 
 
+WAYS = {"auto": "`auto`", "eigendamage": "paper"}
+"""The methods of the demo, and what they are called in its tables."""
+
+
 def demo(results: Mapping[str, Any]) -> str:
-    reports = [entry["report"] for entry in results["budgets"]]
-    before = reports[0]
-    rows = [["100.0 %", "100.0 %", percent(before["original"]["accuracy"]), "–", "–"]]
-    for entry in results["budgets"]:
-        report = entry["report"]
-        recalibrated, tuned = report["recalibrated"], entry["finetuned"]
+    original = results["budgets"][0]["auto"]["report"]["original"]
+    rows = [["100.0 %", "as it is", "100.0 %", percent(original["accuracy"]), *["–"] * 3]]
+    for report, way in demo_reports(results):
+        recalibrated = report["recalibrated"]
+        repaired = report["repaired"] or recalibrated or report["compressed"]
         rows.append(
             [
                 percent(report["macs"][1] / report["macs"][0]),
+                way,
                 percent(report["parameters"][1] / report["parameters"][0]),
                 percent(report["compressed"]["accuracy"]),
-                percent(recalibrated and recalibrated["accuracy"]),
-                percent(tuned and tuned["accuracy"]),
+                percent(repaired["accuracy"]) + (" *" if recalibrated else ""),
+                short(repaired["divergence"]),
+                short(rise(repaired, report["original"])),
             ]
         )
     header = [
         "MACs left",
+        "method",
         "parameters left",
         "accuracy right after",
-        "batch norm recalibrated",
-        "after one epoch",
+        "repaired",
+        "divergence",
+        "rise of loss",
     ]
-    return f"{table(header, rows, words=0)}\n\n{demo_source(results)}"
+    return (
+        f"{table(header, rows, words=2)}\n\n\\* The paper's method, `eigendamage`, has no "
+        f"repair; instead batch norm's statistics are measured again. Divergence and rise of the "
+        f"loss, in nats, are those of the model in the column *repaired*. {demo_source(results)}"
+    )
+
+
+def demo_reports(results: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], str]]:
+    """The report of every budget and method, and the method's name in the tables."""
+    for entry in results["budgets"]:
+        for method, way in WAYS.items():
+            yield entry[method]["report"], way
 
 
 def demo_source(results: Mapping[str, Any]) -> str:
     """What the demo's numbers were measured with."""
-    first = results["budgets"][0]["report"]
+    first = results["budgets"][0]["auto"]["report"]
     here = first["environment"]
     return (
         f"`{results['command']}`, seed {results['seed']}: {first['measured_examples']:,} test "
-        f"images, curvature of {first['examples']:,} training images without labels. eigendamage "
-        f"{here['eigendamage']}, torch {here['torch']}, {here['platform']}, {here['device']}, "
-        f"{here['threads']} threads."
+        f"images; compressed on training images without labels, {first['examples']:,} for the "
+        f"curvature, which all share, and {first['truth']['examples']} held out of it. No "
+        f"training. eigendamage {here['eigendamage']}, torch {here['torch']}, {here['platform']}, "
+        f"{here['device']}, {here['threads']} thread{'s' * (here['threads'] != 1)}."
     )
 
 
 def demo_loss(results: Mapping[str, Any]) -> str:
+    """What was predicted beside what was measured of the model that the prediction stands for."""
     rows = []
-    for entry in results["budgets"]:
-        report = entry["report"]
-        original, compressed = report["original"], report["compressed"]
-        recalibrated, predicted = report["recalibrated"], report["predicted"]
-        at_once, later = rise(compressed, original), rise(recalibrated, original)
+    for report, way in demo_reports(results):
+        truth, cut, priced = report["truth"], report["compressed"], report["predicted"]
+        calibrated = truth and truth["calibrated"]
+        predicted = calibrated or priced
+        meant = report["repaired"] or cut
         rows.append(
             [
                 percent(report["macs"][1] / report["macs"][0]),
-                short(predicted),
-                short(at_once),
-                "–" if at_once is None else f"{at_once / predicted:.0f} ×",
-                short(later),
-                "–" if later is None else f"{later / predicted:.0f} ×",
-                short(compressed["divergence"]),
-                short(recalibrated and recalibrated["divergence"]),
+                way,
+                short(priced),
+                short(calibrated),
+                short(cut["divergence"]),
+                short((report["repaired"] or {}).get("divergence")),
+                f"{meant['divergence'] / predicted:.1f} ×",
+                short(rise(cut, report["original"])),
+                short(rise(report["repaired"], report["original"])),
             ]
         )
     header = [
         "MACs left",
-        "predicted rise of loss",
-        "measured right after",
+        "method",
+        "priced",
+        "calibrated",
+        "divergence right after",
+        "repaired",
         "to predicted",
-        "batch norm recalibrated",
-        "to predicted",
-        "KL right after",
-        "KL recalibrated",
+        "rise of loss right after",
+        "repaired",
     ]
-    return table(header, rows, words=0)
+    return table(header, rows, words=2)
 
 
 def demo_layers(results: Mapping[str, Any]) -> str:
-    reports = [entry["report"] for entry in results["budgets"]]
+    reports = [entry["auto"]["report"] for entry in results["budgets"]]
     report = next((r for r in reports if r["budget"] == LAYERS_OF), reports[0])
     rows = [
         [
@@ -124,17 +146,26 @@ def demo_layers(results: Mapping[str, Any]) -> str:
             layer["action"],
             "–" if layer["ranks"] is None else "{} × {}".format(*layer["ranks"]),
             f"{layer['price']:.1e}" if layer["price"] else "0",
+            f"{layer['calibrated']:.1e}" if layer["calibrated"] else "0",
             percent(layer["macs"][1] / layer["macs"][0]),
             percent(layer["parameters"][1] / layer["parameters"][0]),
         ]
         for name, layer in report["layers"].items()
     ]
-    header = ["layer", "what is done", "rows × columns", "price", "MACs left", "parameters left"]
+    header = [
+        "layer",
+        "what is done",
+        "ranks, out × in",
+        "price",
+        "calibrated",
+        "MACs left",
+        "parameters left",
+    ]
     return table(header, rows, words=2)
 
 
 def calibration(results: Mapping[str, Any]) -> str:
-    found = results["budgets"][0]["report"]["calibration"]
+    found = results["budgets"][0]["auto"]["report"]["calibration"]
     rows = [
         [
             f"`{name}`",
@@ -368,28 +399,28 @@ def picture_link(page: Path, root: Path) -> str:
         return MISSING
     path = (root / PICTURE).relative_to(page.parent).as_posix()
     return (
-        f"![Two panels over the fraction of MACs left. Left: accuracy right after surgery, with "
-        f"batch norm recalibrated, and after one epoch. Right: the predicted rise of the loss, far "
-        f"below the measured ones.]({path})"
+        f"![Two panels over the fraction of MACs left, for auto and for the paper's method. Left: "
+        f"accuracy right after surgery, and repaired or with batch norm recalibrated. Right: "
+        f"predicted and measured divergence from the original.]({path})"
     )
 
 
-def points(results: Mapping[str, Any]) -> dict[str, list[float | None]]:
+def points(results: Mapping[str, Any]) -> dict[str, list[float]]:
     """What is drawn, from the mildest budget to the hardest."""
-    drawn: dict[str, list[float | None]] = {
-        name: [] for name in ("macs", "surgery", "norm", "tuned", "predicted", "rise", "norm rise")
-    }
-    for entry in results["budgets"]:
-        report, tuned = entry["report"], entry["finetuned"]
-        norm, original = report["recalibrated"], report["original"]
-        drawn["macs"].append(100 * report["macs"][1] / report["macs"][0])
-        drawn["surgery"].append(100 * report["compressed"]["accuracy"])
-        drawn["norm"].append(100 * norm["accuracy"] if norm else None)
-        drawn["tuned"].append(100 * tuned["accuracy"] if tuned else None)
-        drawn["predicted"].append(report["predicted"])
-        drawn["rise"].append(rise(report["compressed"], original))
-        drawn["norm rise"].append(rise(norm, original))
-    drawn["original"] = [100 * results["budgets"][0]["report"]["original"]["accuracy"]]
+    first = results["budgets"][0]["auto"]["report"]
+    drawn: dict[str, list[float]] = {"original": [100 * first["original"]["accuracy"]]}
+    for report, way in demo_reports(results):
+        cut, truth = report["compressed"], report["truth"]
+        repaired = report["repaired"] or report["recalibrated"] or cut
+        meant = report["repaired"] or cut  # what the prediction stands for
+        for what, value in (
+            ("macs", 100 * report["macs"][1] / report["macs"][0]),
+            ("surgery", 100 * cut["accuracy"]),
+            ("repaired", 100 * repaired["accuracy"]),
+            ("predicted", (truth and truth["calibrated"]) or report["predicted"]),
+            ("measured", meant["divergence"]),
+        ):
+            drawn.setdefault(f"{way} {what}", []).append(value)
     return drawn
 
 
@@ -407,7 +438,7 @@ def picture_is_stale(root: Path) -> bool:
 
 
 def draw(results: Mapping[str, Any], path: Path) -> None:
-    """Accuracy and rise of the loss against the MACs left."""
+    """Accuracy and divergence against the MACs left."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -425,41 +456,48 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
         "lines.linewidth": 2,
         "lines.markersize": 6,
     }
-    lines = {
-        "tuned": ("after one epoch", "#2b8a4f", "^"),
-        "norm": ("batch norm recalibrated", "#1f6fb4", "o"),
-        "surgery": ("right after surgery", "#b5403a", "s"),
-        "predicted": ("predicted", "#111111", "D"),
+    auto, paper = WAYS.values()
+    solid, dashed, green, red = "-", (0, (4, 2)), "#2b8a4f", "#b5403a"
+    accuracies = {
+        f"{auto} repaired": ("auto, repaired", green, "o", solid),
+        f"{auto} surgery": ("auto, right after surgery", green, "s", dashed),
+        f"{paper} repaired": ("paper, batch norm recalibrated", red, "o", solid),
+        f"{paper} surgery": ("paper, right after surgery", red, "s", dashed),
+    }
+    divergences = {
+        f"{auto} measured": ("auto, measured, repaired", green, "o", solid),
+        f"{auto} predicted": ("auto, predicted, calibrated", green, "D", dashed),
+        f"{paper} measured": ("paper, measured right after surgery", red, "s", solid),
+        f"{paper} predicted": ("paper, predicted", red, "D", dashed),
     }
     drawn = points(results)
-    macs, original = drawn["macs"], drawn["original"][0]
+    original = drawn["original"][0]
     with mpl.rc_context(style):
-        figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.9), facecolor="white")
+        figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4.6), facecolor="white")
         left.axhline(original, color="#555555", linewidth=1, linestyle=(0, (4, 3)), zorder=1)
-        for name in ("tuned", "norm", "surgery"):
-            label, colour, marker = lines[name]
-            values = [original, *drawn[name]]
-            left.plot([100, *macs], values, color=colour, marker=marker, label=label)
+        for axes, lines, start in (
+            (left, accuracies, ([100], [original])),
+            (right, divergences, ([], [])),
+        ):
+            for name, (label, colour, marker, dashes) in lines.items():
+                macs = [*start[0], *drawn[f"{name.split()[0]} macs"]]
+                values = [*start[1], *drawn[name]]
+                axes.plot(macs, values, color=colour, marker=marker, linestyle=dashes, label=label)
         left.plot(100, original, color="#555555", marker="o")
         bottom, top = left.get_ylim()
         left.set_ylim(bottom, top + 0.06 * (top - bottom))
         left.annotate(
             f"original {original:.1f} %", (100, original), (6, 5), textcoords="offset points"
         )
-        for name, values in (("surgery", "rise"), ("norm", "norm rise"), ("predicted",) * 2):
-            label, colour, marker = lines[name]
-            right.plot(macs, drawn[values], color=colour, marker=marker, label=label)
-        right.set_yscale("log", nonpositive="mask")  # a loss may also fall
+        right.set_yscale("log")
         right.yaxis.set_major_formatter("{x:g}")
         left.set(title="Accuracy on the test images, %", xlabel="MACs left, %")
-        right.set(title="Rise of the mean loss, nats (logarithmic)", xlabel="MACs left, %")
+        right.set(title="Divergence from the original, nats (logarithmic)", xlabel="MACs left, %")
         for axes in (left, right):
             axes.invert_xaxis()
             axes.set_axisbelow(True)
-        handles = dict(zip(*reversed(left.get_legend_handles_labels()), strict=True))
-        handles.update(zip(*reversed(right.get_legend_handles_labels()), strict=True))
-        figure.tight_layout(w_pad=3, rect=(0, 0.07, 1, 1))
-        figure.legend(handles.values(), handles, loc="lower center", ncols=4, frameon=False)
+            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), frameon=False)
+        figure.tight_layout(w_pad=3)
         path.parent.mkdir(parents=True, exist_ok=True)
         metadata = {"Date": None, "Description": fingerprint(results)}
         figure.savefig(path, metadata=metadata if path.suffix == ".svg" else None, dpi=130)

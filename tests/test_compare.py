@@ -50,6 +50,26 @@ def test_rows_meet_their_budgets_and_measure_what_compress_measures() -> None:
     assert row.predicted == pytest.approx(alone.report.predicted)
 
 
+def test_auto_is_shown_repaired_where_others_are_right_after_surgery() -> None:
+    data = batches()
+    row = run(methods=("auto",)).rows[0]
+    curvature = ed.estimate_curvature(
+        network(), data, also=ed.needs("auto"), seed=0, progress=False
+    )
+    alone = ed.compress(
+        network(),
+        data,
+        budget=ed.Budget(macs=0.6),
+        curvature=curvature,
+        eval_data=data,
+        progress=False,
+    )
+    assert row.refused is None
+    assert row.surgery == alone.report.repaired
+    assert row.surgery != alone.report.compressed
+    assert row.recalibrated is None
+
+
 def test_training_is_the_same_for_all_and_measured_apart() -> None:
     result = run(methods=("random", "eigendamage@2"), train_data=batches, epochs=2)
     again = run(methods=("random", "eigendamage@2"), train_data=batches, epochs=2)

@@ -353,7 +353,7 @@ def test_every_layer_has_its_forms_and_the_sum_is_the_whole(name: str, tmp_path:
 def test_what_is_timed_is_what_a_plan_would_build(name: str) -> None:
     model, (x, _) = CASES[name].model(), CASES[name].data(2)
     layers = find_layers(model).compressible
-    batch = _latency._examples(x, 2, CPU)
+    batch = _timing.examples_of(x, 2, CPU)
     shapes = traced(model, layers, batch).layers
     for layer_name, (site,) in _latency._sites(model, layers, batch).items():
         layer, shape = layers[layer_name], shapes[layer_name].shape
@@ -418,7 +418,7 @@ def test_memory_format_is_that_within_the_model(tmp_path: Path) -> None:
     model.to(memory_format=torch.channels_last)
     assert _measure(model, x, tmp_path).conditions.memory_format == "channels_last"
     layers = find_layers(model).compressible
-    sites = _latency._sites(model, layers, _latency._examples(x, 2, CPU))
+    sites = _latency._sites(model, layers, _timing.examples_of(x, 2, CPU))
     last = sites["conv2"][0].inputs(8, "channels_last")
     variant = _latency._variant(layers["conv2"], "three", 4, 4, "channels_last")
     assert _latency._is_channels_last(last)
@@ -428,7 +428,7 @@ def test_memory_format_is_that_within_the_model(tmp_path: Path) -> None:
     )
     images = torch.randn(3, 3, 4, 5).to(memory_format=torch.channels_last)
     for count in (2, 5):
-        assert _latency._is_channels_last(_latency._examples(images, count, CPU).args[0])
+        assert _latency._is_channels_last(_timing.examples_of(images, count, CPU).args[0])
 
 
 def test_autocast_is_another_dtype() -> None:
@@ -554,7 +554,7 @@ def test_the_folder_is_that_of_the_environment(
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
 
     def folder(given: Path | None = None) -> Path | None:
-        file = _latency._cache_file(given, HERE)
+        file = _latency_cache.cache_file(given, HERE)
         return file and file.parent
 
     assert folder(tmp_path / "given") == tmp_path / "given"
@@ -569,16 +569,16 @@ def test_the_folder_is_that_of_the_environment(
 
     monkeypatch.setattr(Path, "home", nobody)
     assert folder() is None
-    _latency._store(None, HERE, "k", {})
-    assert _latency._stored(None, HERE) == {}
+    _latency_cache.store(None, HERE, "k", {})
+    assert _latency_cache.stored(None, HERE) == {}
 
 
 def test_writers_at_the_same_time_lose_nothing(tmp_path: Path) -> None:
     file = tmp_path / "cache.json"
     times: FormTimes = {"dense": _grid((1, 2), (1,), [[1.0], [2.0]])}
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda n: _latency._store(file, HERE, str(n), times), range(40)))
-    assert set(_latency._stored(file, HERE)) == {str(n) for n in range(40)}
+        list(pool.map(lambda n: _latency_cache.store(file, HERE, str(n), times), range(40)))
+    assert set(_latency_cache.stored(file, HERE)) == {str(n) for n in range(40)}
     assert list(tmp_path.iterdir()) == [file]
 
 

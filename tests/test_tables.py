@@ -187,6 +187,63 @@ def test_a_comparison_says_what_it_was_made_with_and_what_masks_and_refusals_mea
     assert "refused" not in plain
 
 
+def demonstration() -> dict[str, Any]:
+    """A made-up demo at one budget, in the form in which it is written."""
+
+    def report(divergences: tuple[float, float | None], *, repaired: bool) -> dict[str, Any]:
+        cut, mended = ({"accuracy": 1 - d, "loss": 0.2 + d, "divergence": d} for d in divergences)
+        return {
+            "macs": [200.0, 100.0],
+            "parameters": [10, 3],
+            "examples": 90,
+            "measured_examples": 400,
+            "predicted": 0.02,
+            "original": {"accuracy": 0.9, "loss": 0.2, "divergence": None},
+            "compressed": cut,
+            "repaired": mended if repaired else None,
+            "recalibrated": None if repaired else mended,
+            "truth": {"examples": 10, "calibrated": 0.04} if repaired else None,
+            "environment": Environment.here(torch.device("cpu"), 3).model_dump(),
+        }
+
+    return {
+        "command": "eigendamage demo",
+        "seed": 3,
+        "budgets": [
+            {
+                "auto": {"report": report((0.2, 0.1), repaired=True)},
+                "eigendamage": {"report": report((0.5, 0.3), repaired=False)},
+            }
+        ],
+    }
+
+
+def cells(text: str) -> list[list[str]]:
+    """The rows of a Markdown table below its header."""
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")]
+    return rows[2:]
+
+
+def test_the_demo_shows_both_methods_and_what_the_paper_has_in_place_of_a_repair():
+    text = tables_module().demo(demonstration())
+    base, auto, paper = cells(text)
+    assert base[:4] == ["100.0 %", "as it is", "100.0 %", "90.0 %"]
+    assert auto == ["50.0 %", "`auto`", "30.0 %", "80.0 %", "90.0 %", "0.1", "0.1"]
+    assert paper == ["50.0 %", "paper", "30.0 %", "50.0 %", "70.0 % *", "0.3", "0.3"]
+    assert "has no repair" in text
+    assert "90 for the curvature, which all share, and 10 held out of it" in text
+
+
+def test_a_prediction_of_the_demo_is_held_against_the_network_it_stands_for():
+    tables = tables_module()
+    auto, paper = cells(tables.demo_loss(demonstration()))
+    assert auto[2:7] == ["0.02", "0.04", "0.2", "0.1", "2.5 ×"]  # repaired to calibrated
+    assert paper[2:7] == ["0.02", "–", "0.5", "–", "25.0 ×"]  # right after to priced
+    drawn = tables.points(demonstration())
+    assert drawn["`auto` measured"] == [0.1]
+    assert drawn["paper measured"] == [0.5]
+
+
 def test_a_table_without_its_result_says_so(copy: Path):
     file = copy / "benchmarks" / "results" / "compare.json"
     file.unlink(missing_ok=True)

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import eigendamage as ed
 from eigendamage import zoo
-from eigendamage.cli import app
+from eigendamage.cli import _demo, app
 
 runner = CliRunner()
 _COMPRESS = ("compress", "--model", "zoo:demo_network", "--batch-size", "32")
@@ -171,11 +171,34 @@ def test_demo_at_three_budgets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     budgets = json.loads(out.read_text())["budgets"]
     assert len(budgets) == 3
     for entry, fraction in zip(budgets, (0.7, 0.5, 0.35), strict=True):
-        before, after = entry["report"]["macs"]
-        assert after <= fraction * before
-        assert 0 < entry["finetuned"]["accuracy"] <= 1
+        assert list(entry) == ["auto", "eigendamage"]
+        for method, found in entry.items():
+            report = found["report"]
+            before, after = report["macs"]
+            assert report["method"] == method
+            assert after <= fraction * before
+            assert (report["repaired"] is not None) == (method == "auto")
+            assert (report["recalibrated"] is not None) == (method == "eigendamage")
+            assert found["finetuned"] is None
+    sharing = [found["report"]["seconds"] for entry in budgets for found in entry.values()]
+    assert ["curvature" in seconds for seconds in sharing] == [True] + 5 * [False]
     assert "…" not in done.output  # eighty columns are enough for the table
-    assert "predicted" in done.output
+    assert "tuned" not in done.output
+
+
+def test_demo_with_training_fits_eighty_columns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = {s: zoo.fashion_mnist(s).take(slice(0, 50)) for s in ("train", "test")}
+    monkeypatch.setattr(zoo, "fashion_mnist", lambda split: few[split])
+    monkeypatch.setattr(_demo, "BUDGETS", (0.6,))
+    out = tmp_path / "demo.json"
+    done = runner.invoke(app, ["demo", "--out", str(out), "--quiet", "--finetuning"])
+    assert done.exit_code == 0, done.output
+    (entry,) = json.loads(out.read_text())["budgets"]
+    assert all(0 < found["finetuned"]["accuracy"] <= 1 for found in entry.values())
+    assert "…" not in done.output
+    assert "tuned" in done.output
 
 
 def test_demo_refuses_a_folder_that_is_not_there_before_it_starts(tmp_path: Path) -> None:

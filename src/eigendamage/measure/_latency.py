@@ -1,16 +1,11 @@
-"""Latency on the device at hand: of whole models, and of layers in every form a plan can give."""
+"""Latency on the device at hand of layers in every form that a plan can give them."""
 
 from __future__ import annotations
 
-import gc
-import math
-import os
 import platform
 import re
-import threading
-import time
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,13 +13,20 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float64
 from torch import Tensor, nn
 
-from eigendamage.batches import Batch, Batches, Data, call, device_of
-from eigendamage.errors import DataError, EigenDamageError, FileFormatError, LayerError
-from eigendamage.files import Document
-from eigendamage.layers import Layer, evaluating, preserved_random_state
+from eigendamage.batches import Batch, Data, call, device_of
+from eigendamage.errors import LayerError
+from eigendamage.layers import Layer
+from eigendamage.measure._latency_cache import cache_file, store, stored
+from eigendamage.measure._timing import (
+    Call,
+    as_deployed,
+    at_least_one,
+    checked_call,
+    examples_of,
+    samples_of,
+)
 from eigendamage.plan import LatencyTable
 from eigendamage.plan._latency import (
     Conditions,
@@ -38,84 +40,12 @@ from eigendamage.plan._latency import (
 from eigendamage.progress import track
 from eigendamage.surgery._factor import factored_module
 
-Call = Callable[[], object]
 MemoryFormat = Literal["contiguous", "channels_last"]
 
 _FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
-_SAMPLE_SECONDS = 2e-4  # far above what reading the clock takes
 _GROUP_SECONDS = 1.5  # a group of layers that takes longer gets fewer rounds
 _TABLE_SECONDS = 4.0  # the same for the whole model and its layers
-_FEWEST_ROUNDS = 5
-_saving = threading.Lock()  # threads of one process would write the same file beside the cache
-
-
-@dataclass(frozen=True)
-class Latency:
-    """Time of one forward pass of a batch.
-
-    Attributes:
-        median: over the rounds, in milliseconds.
-        spread: interquartile range, in milliseconds.
-    """
-
-    median: float
-    spread: float
-
-
-def time_together(
-    calls: Sequence[Call],
-    *,
-    device: torch.device,
-    rounds: int = 15,
-    min_seconds: float = _SAMPLE_SECONDS,
-) -> list[float]:
-    """Median milliseconds of each call, all of them timed under the same conditions.
-
-    They take turns, in the opposite order every other round, so that a clock that slows down or a
-    neighbour that wakes up meets all of them alike. Without gradients and garbage collection.
-
-    Args:
-        calls: what to time; each runs twice beforehand.
-        device: what they run on; it has finished whenever the clock is read.
-        rounds: samples of each call.
-        min_seconds: a shorter call is repeated within a sample until that has passed.
-
-    Raises:
-        EigenDamageError: if ``rounds`` is less than 1.
-    """
-    samples = _samples(calls, device, rounds, min_seconds=min_seconds)
-    return [float(median) for median in np.median(samples, axis=0)]
-
-
-def latency(
-    models: Sequence[nn.Module], data: Data, *, batch: int, rounds: int = 15
-) -> list[Latency]:
-    """Time whole models on the same inputs in eval mode, taking turns as in `time_together`.
-
-    Args:
-        models: on one device. Modes, hooks and random states are as before afterwards.
-        data: its first batch gives the inputs, which have to be tensors.
-        batch: examples a call: the first ones, over again if there are not so many.
-        rounds: samples of each model.
-
-    Raises:
-        DataError: if the data has no such batch, or a model cannot run on it.
-        EigenDamageError: if the models are on several devices, or ``rounds`` is less than 1.
-    """
-    devices = sorted({str(device_of(model)) for model in models})
-    if not devices:
-        return []
-    if len(devices) > 1:
-        raise EigenDamageError(
-            f"the models are on {' and '.join(devices)}; move them to one device to compare them"
-        )
-    device = device_of(models[0])
-    examples = _examples(data, batch, device)
-    with _as_deployed(models):
-        samples = _samples([_checked(model, examples) for model in models], device, rounds)
-    quartiles = np.quantile(samples, (0.25, 0.5, 0.75), axis=0).T
-    return [Latency(float(middle), float(high - low)) for low, middle, high in quartiles]
 
 
 def measure_latency_table(
@@ -157,15 +87,15 @@ def measure_latency_table(
         DataError: if the data has no such batch, or the model cannot run on it.
         EigenDamageError: if ``rounds`` or ``multiple`` is less than 1.
     """
-    _at_least_one("multiple", multiple)
+    at_least_one("multiple", multiple)
     device = device_of(model)
-    examples = _examples(data, batch, device)
-    with _as_deployed([model]):
+    examples = examples_of(data, batch, device)
+    with as_deployed([model]):
         sites = _sites(model, layers, examples)
         every = [site for found in sites.values() for site in found]
         conditions = _conditions(device, every, batch)
         distinct = {site.key: site for site in every}
-        file = _cache_file(cache, conditions)
+        file = cache_file(cache, conditions)
         entries: dict[str, FormTimes] = {}
         for key, site in track(
             distinct.items(), "timing layers", total=len(distinct), enabled=progress
@@ -173,112 +103,12 @@ def measure_latency_table(
             grids = grids_to_measure(
                 site.layer.outputs, site.layer.inputs, site.layer.offsets, multiple
             )
-            times = _stored(file, conditions).get(key, {})
+            times = stored(file, conditions).get(key, {})
             if not _covers(times, grids):
                 times = _measured(site, grids, rounds, conditions.memory_format)
-                _store(file, conditions, key, times)
+                store(file, conditions, key, times)
             entries[key] = times
         return _table(model, examples, sites, entries, conditions, rounds)
-
-
-def _samples(
-    calls: Sequence[Call],
-    device: torch.device,
-    rounds: int,
-    *,
-    min_seconds: float = _SAMPLE_SECONDS,
-    max_seconds: float = math.inf,
-) -> Float64[np.ndarray, "rounds calls"]:
-    """Milliseconds of each call in each round; fewer rounds if all would take too long."""
-    _at_least_one("rounds", rounds)
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        with torch.no_grad():
-            for one in calls:  # the first run chooses kernels and gets memory
-                one()
-            once = [_seconds(one, 1, device) for one in calls]
-            repeats = [max(1, math.ceil(min_seconds / max(s, 1e-9))) for s in once]
-            a_round = sum(r * s for r, s in zip(repeats, once, strict=True))
-            affordable = max(_FEWEST_ROUNDS, max_seconds / max(a_round, 1e-9))
-            rounds = int(min(rounds, affordable))
-            samples = np.empty((rounds, len(calls)))
-            for number in range(rounds):
-                order = range(len(calls))
-                for index in order if number % 2 == 0 else reversed(order):
-                    seconds = _seconds(calls[index], repeats[index], device)
-                    samples[number, index] = 1e3 * seconds / repeats[index]
-    finally:
-        if collecting:
-            gc.enable()
-    return samples
-
-
-def _seconds(one: Call, repeats: int, device: torch.device) -> float:
-    _synchronize(device)
-    start = time.perf_counter()
-    for _ in range(repeats):
-        one()
-    _synchronize(device)
-    return time.perf_counter() - start
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-
-
-@contextmanager
-def _as_deployed(models: Sequence[nn.Module]) -> Generator[None]:
-    """Eval mode without gradients, and put everything back at the end.
-
-    Unlike with `evaluating` alone, fused inference paths run if the user has them on: they count.
-    """
-    fused = torch.backends.mha.get_fastpath_enabled()
-    with ExitStack() as stack:
-        stack.enter_context(preserved_random_state())
-        stack.enter_context(torch.no_grad())
-        for model in models:
-            stack.enter_context(evaluating(model))
-        torch.backends.mha.set_fastpath_enabled(fused)
-        yield
-
-
-def _examples(data: Data, count: int, device: torch.device) -> Batch:
-    """The first ``count`` examples of the first batch, over again if there are not so many."""
-    if count < 1:
-        raise DataError(f"a batch of {count} examples cannot be timed; take at least 1")
-    batch = next(iter(Batches(data, device)))
-    if batch.size == count:
-        return batch
-    chosen = torch.arange(count, device=device) % batch.size
-
-    def pick(name: str, value: object) -> Tensor:
-        if isinstance(value, Tensor) and value.ndim > 0 and len(value) == batch.size:
-            return value[chosen]
-        found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        raise DataError(
-            f"{name} is of {found}, so {count} examples cannot be made of a batch of {batch.size}; "
-            f"give batches of {count}"
-        )
-
-    args = tuple(pick("the input", value) for value in batch.args)
-    kwargs = {name: pick(f"the input '{name}'", value) for name, value in batch.kwargs.items()}
-    return Batch(args, kwargs, None, count)
-
-
-def _checked(model: nn.Module, batch: Batch) -> Call:
-    """The call of a model that has been seen to run."""
-    run = partial(call, model, batch)
-    try:
-        run()
-    except (RuntimeError, TypeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(
-            f"the model cannot run on inputs of shape {batch.shapes()}: {reason}. Give batches of "
-            f"the form that the model takes"
-        ) from error
-    return run
 
 
 @dataclass(frozen=True, eq=False)
@@ -332,7 +162,7 @@ def _sites(
         for name, layer in layers.items()
     ]
     try:
-        _checked(model, examples)
+        checked_call(model, examples)
     finally:
         for handle in handles:
             handle.remove()
@@ -405,7 +235,7 @@ def _measured(site: _Site, grids: Grids, rounds: int, memory_format: MemoryForma
         for form, out, into in points
     ]
     device = next(iter(inputs.values())).device
-    times = np.median(_samples(calls, device, rounds, max_seconds=_GROUP_SECONDS), axis=0)
+    times = np.median(samples_of(calls, device, rounds, max_seconds=_GROUP_SECONDS), axis=0)
     at = {point: float(ms) for point, ms in zip(points, times, strict=True)}
     return {
         form: TimeGrid(
@@ -454,47 +284,6 @@ def _device_name(device: torch.device) -> str:
     return f"{name} {torch.backends.cpu.get_cpu_capability()}"
 
 
-class _Cache(Document):
-    """Times of layers under the same conditions, of whatever models they were."""
-
-    version: Literal[1] = 1
-    conditions: Conditions
-    entries: Mapping[str, FormTimes]
-
-
-def _cache_file(folder: Path | None, conditions: Conditions) -> Path | None:
-    """Where the times under these conditions are kept; None if there is no home to keep them in."""
-    try:
-        chosen = folder or os.environ.get("EIGENDAMAGE_CACHE")
-        base = os.environ.get("XDG_CACHE_HOME")
-        chosen = chosen or (Path(base) if base else Path.home() / ".cache") / "eigendamage"
-    except RuntimeError:
-        return None
-    words = " ".join(str(value) for value in conditions.model_dump().values())
-    return Path(chosen) / f"latency-{re.sub('[^A-Za-z0-9.+_]+', '-', words)}.json"
-
-
-def _stored(file: Path | None, conditions: Conditions) -> dict[str, FormTimes]:
-    """What is kept; nothing if the file cannot be read or is not what it should be."""
-    if file is None:
-        return {}
-    try:
-        found = _Cache.load(file)
-    except (OSError, FileFormatError):
-        return {}
-    return dict(found.entries) if found.conditions == conditions else {}
-
-
-def _store(file: Path | None, conditions: Conditions, key: str, times: FormTimes) -> None:
-    """Add one entry to what is kept by now, unless the folder cannot be written."""
-    if file is None:
-        return
-    with suppress(OSError), _saving:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        entries = {**_stored(file, conditions), key: times}
-        _Cache(conditions=conditions, entries=entries).save(file)
-
-
 def _table(
     model: nn.Module,
     examples: Batch,
@@ -522,7 +311,7 @@ def _table(
     for site in factored:
         x = site.inputs(site.layer.inputs, memory_format)
         calls.append(partial(site.layer.module, x))
-    samples = _samples(calls, device_of(model), rounds, max_seconds=_TABLE_SECONDS)
+    samples = samples_of(calls, device_of(model), rounds, max_seconds=_TABLE_SECONDS)
     whole, *times = (float(ms) for ms in np.median(samples, axis=0))
     now = dict(zip(distinct, times, strict=False))
     as_it_is = dict(zip(factored, times[len(distinct) :], strict=True))
@@ -538,8 +327,3 @@ def _table(
         for name, found in sites.items()
     }
     return LatencyTable(conditions=conditions, whole=whole, layers=layers, entries=scaled)
-
-
-def _at_least_one(what: str, value: int) -> None:
-    if value < 1:
-        raise EigenDamageError(f"{what} is {value}; at least 1 is needed")

@@ -16,7 +16,7 @@ from eigendamage.plan._menus import Menus
 from eigendamage.plan._plan import Action, CarrierPlan, Channels, Keep
 from eigendamage.plan._task import Result, Task
 
-_ROUNDS = 4  # of refining what was chosen and choosing again
+_ROUNDS = 3  # of refining what was chosen and choosing again
 
 
 def plan_auto(task: Task, menus: Menus, options: AutoOptions) -> Result:

@@ -17,6 +17,7 @@ from eigendamage.curvature import LayerCurvature
 from eigendamage.errors import EigenDamageError, NonFiniteError
 from eigendamage.layers import FORMS, Cost, DenseForm, Layer, LayerShape
 from eigendamage.plan._plan import Action, EigenBlock, Keep, LowRank, packed
+from eigendamage.plan._threshold import kept_counts
 from eigendamage.plan.prices.eigendamage import UnitPrices, layer_prices
 from eigendamage.plan.prices.low_rank import (
     Metric,
@@ -332,11 +333,10 @@ def _block_rows(
     inside = prices.loss[rows][:, columns].cumsum(0).cumsum(1)
     total = float(inside[-1, -1])
     found: dict[tuple[int, int, DenseForm], _Row] = {}
-    thresholds = prices.units.unique().tolist()
-    step = max(1, len(thresholds) // _BLOCKS)
-    for threshold in thresholds[::step]:
-        kept = prices.kept(threshold, max_ratio)
-        ranks = len(kept[0]), len(kept[1])
+    thresholds = prices.units.unique()
+    thresholds = thresholds[:: max(1, len(thresholds) // _BLOCKS)]
+    sides = [kept_counts(side, thresholds, max_ratio) for side in (prices.rows, prices.columns)]
+    for ranks in zip(*sides, strict=True):
         for form in FORMS:
             r_o = shape.outputs if form == "merge_out" else ranks[0]
             r_i = shape.inputs if form == "merge_in" else ranks[1]

@@ -21,7 +21,7 @@ ActionKind = Literal["low-rank", "blocks", "channels"]
 """What a menu may hold: low-rank forms in the metric S ⊗ A, blocks of the eigenbasis, channels."""
 ACTIONS: tuple[ActionKind, ...] = get_args(ActionKind)
 # Refining an input basis is worth it up to this many multiplications an evaluation of its price.
-_REFINABLE = 6e8
+_REFINABLE = 1e8
 
 
 @dataclass(frozen=True, eq=False)

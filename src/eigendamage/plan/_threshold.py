@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -169,3 +170,16 @@ def kept_above(
 ) -> tuple[int, ...]:
     """The indices of those that `keep_above` says."""
     return tuple(int(at) for at in keep_above(price, threshold, max_ratio).nonzero().flatten())
+
+
+def kept_counts(
+    price: Float[Tensor, " units"], thresholds: Float[Tensor, " thresholds"], max_ratio: float
+) -> list[int]:
+    """How many `kept_above` keeps of one side at each of several thresholds."""
+    count = len(price)
+    ordered = price.sort().values
+    kept = count - torch.searchsorted(ordered, thresholds, right=True)
+    own = ordered[min(int(max_ratio * count), count - 1)]
+    fewest = count - int(torch.searchsorted(ordered, own, right=True))
+    limited = torch.where((count - kept).double() / count > max_ratio, fewest, kept)
+    return limited.clamp_min(1).tolist()

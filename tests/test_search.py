@@ -1,0 +1,275 @@
+"""Budgets that are met by building and measuring: loss, latency; several shots and rounds."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import eigendamage as ed
+from eigendamage.compress import _prepare, _search
+from eigendamage.layers import FORMS, Layer, LayerShape, find_layers
+from eigendamage.measure import Latency
+from eigendamage.plan import LatencyTable
+from eigendamage.plan._latency import (
+    Conditions,
+    FormTimes,
+    TimedForm,
+    TimedLayer,
+    TimeGrid,
+    grids_to_measure,
+)
+from tests.networks import NETWORKS
+
+NAME = "vgg, flattened"
+HERE = Conditions(
+    device="a", torch="2", threads=1, dtype="float64", memory_format="contiguous", batch=1
+)
+PER_MAC = 1e-4  # milliseconds
+
+
+def _model() -> nn.Module:
+    return NETWORKS[NAME].model()
+
+
+def _batches() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return list(torch.randn(30, 3, 8, 8, dtype=torch.float64, generator=generator).split(6))
+
+
+@pytest.fixture(scope="session")
+def curvature() -> ed.Curvature:
+    """Of all but what `compress` holds out."""
+    torch.set_num_threads(1)
+    also = ("patches", "channels")
+    return ed.estimate_curvature(_model(), _batches()[:4], also=also, progress=False)
+
+
+def _compress(budget: ed.Budget, **options: object) -> ed.Compressed:
+    return ed.compress(
+        _model(), _batches(), budget=budget, **{"refine": 0, "progress": False, **options}
+    )
+
+
+def _divergence(model: nn.Module) -> float | None:
+    """On the part that is held out: of five batches the last."""
+    return ed.evaluate(model, _batches()[4:], reference=_model(), progress=False).divergence
+
+
+# A loss.
+
+
+@pytest.fixture(scope="session")
+def halved(curvature: ed.Curvature) -> float:
+    """What half the MACs cost."""
+    return _divergence(_compress(ed.Budget(macs=0.5), curvature=curvature).model)
+
+
+def test_the_divergence_stays_below_the_loss_and_more_of_it_leaves_no_more(
+    curvature: ed.Curvature, halved: float
+) -> None:
+    left: list[float] = []
+    for loss in (0.3 * halved, halved, 4 * halved):
+        result = _compress(ed.Budget(loss=loss), curvature=curvature)
+        assert _divergence(result.model) <= loss
+        assert result.report.truth.measured <= loss
+        left.append(result.plan.left("macs"))
+    assert left == sorted(left, reverse=True)
+    assert left[-1] < left[0] < 1
+    assert left[1] <= 0.6  # half was enough
+
+
+def test_a_loss_that_cannot_be_met_names_the_nearest(curvature: ed.Curvature) -> None:
+    with pytest.raises(ed.BudgetError, match="cannot be met: the nearest model") as refused:
+        _compress(ed.Budget(loss=1e-13), curvature=curvature)
+    nearest = float(str(refused.value).split("diverges by ")[1].split(" ")[0])
+    assert 1e-13 < nearest < 1
+
+
+def test_a_loss_needs_a_divergence() -> None:
+    def own(output: Tensor, target: Tensor) -> Tensor:
+        return (output - target).square().sum(1)
+
+    data = [(x, torch.zeros(len(x), 5, dtype=torch.float64)) for x in _batches()]
+    with pytest.raises(ed.BudgetError, match="needs a loss with a divergence"):
+        ed.compress(
+            _model(),
+            data,
+            budget=ed.Budget(loss=0.1),
+            loss=own,
+            fisher="empirical",
+            refine=0,
+            progress=False,
+        )
+
+
+# A latency.
+
+
+def _times(shape: LayerShape, form: TimedForm) -> TimeGrid:
+    """Proportional to MACs."""
+    ranks_out, ranks_in = grids_to_measure(shape.outputs, shape.inputs, shape.offsets, 1)[form]
+
+    def macs(out: int, into: int) -> float:
+        if form == "dense":
+            return out * into * shape.offsets * shape.positions_out
+        return shape.factored(out, into, form).macs
+
+    rows = tuple(tuple(PER_MAC * macs(o, i) for i in ranks_in) for o in ranks_out)
+    return TimeGrid(ranks_out=ranks_out, ranks_in=ranks_in, milliseconds=rows)
+
+
+def _forms(shape: LayerShape) -> FormTimes:
+    return {
+        form: _times(shape, form)
+        for form in ("dense", *FORMS)
+        if form in grids_to_measure(shape.outputs, shape.inputs, shape.offsets, 1)
+    }
+
+
+def _table(curvature: ed.Curvature, rest: float = 0.0) -> LatencyTable:
+    layers = find_layers(_model()).compressible
+    dense = {
+        name: PER_MAC * layer.cost(curvature[name].shape).macs for name, layer in layers.items()
+    }
+    return LatencyTable(
+        conditions=HERE,
+        whole=sum(dense.values()) + rest,
+        layers={name: TimedLayer(milliseconds=ms, calls=(name,)) for name, ms in dense.items()},
+        entries={name: _forms(curvature[name].shape) for name in layers},
+    )
+
+
+def _device(
+    monkeypatch: pytest.MonkeyPatch, curvature: ed.Curvature, *, overhead: float, told: float
+) -> list[int]:
+    """A device whose time is that of the MACs and an overhead, of which a table tells a part.
+
+    Returns:
+        The batch size of each timing.
+    """
+    batches: list[int] = []
+
+    def table(
+        _model: nn.Module, _data: object, *, layers: dict[str, Layer], batch: int, **_rest: object
+    ) -> LatencyTable:
+        assert layers.keys() <= curvature.keys()
+        return _table(curvature, told)
+
+    def latency(
+        models: list[nn.Module], _data: object, *, batch: int, rounds: int
+    ) -> list[Latency]:
+        assert rounds > 0
+        batches.append(batch)
+        macs = [ed.count(model, _batches()[0]).macs for model in models]
+        return [Latency(PER_MAC * m + overhead, 0.0) for m in macs]
+
+    monkeypatch.setattr(_prepare, "measure_latency_table", table)
+    monkeypatch.setattr(_search, "latency", latency)
+    return batches
+
+
+@pytest.mark.parametrize("goal", [0.8, 0.6])
+@pytest.mark.parametrize(("overhead", "told"), [(0.0, 0.0), (0.4, 0.4), (0.3, 0.0)])
+def test_a_latency_is_met_and_not_far_undercut(
+    monkeypatch: pytest.MonkeyPatch,
+    curvature: ed.Curvature,
+    goal: float,
+    overhead: float,
+    told: float,
+) -> None:
+    """Also where the whole takes longer than a table of its layers tells."""
+    batches = _device(monkeypatch, curvature, overhead=overhead, told=told)
+    result = _compress(
+        ed.Budget(latency=goal),
+        curvature=curvature,
+        multiple=1,
+        latency_batch=3,
+        calibrate=False,
+    )
+    before, after = (ed.count(m, _batches()[0]).macs for m in (_model(), result.model))
+    found = (PER_MAC * after + overhead) / (PER_MAC * before + overhead)
+    assert 0.93 * goal <= found <= goal
+    assert result.report.latency == pytest.approx(found)
+    assert result.plan.budget == ed.Budget(latency=goal)
+    assert set(batches) == {3}
+
+
+def test_latency_and_size_hold_together(
+    monkeypatch: pytest.MonkeyPatch, curvature: ed.Curvature
+) -> None:
+    _device(monkeypatch, curvature, overhead=0.0, told=0.0)
+    budget = ed.Budget(latency=0.7, params=0.4)
+    result = _compress(budget, curvature=curvature, multiple=1, calibrate=False)
+    assert result.report.latency <= 0.7
+    assert result.plan.left("params") <= 0.4
+    assert result.plan.budget == budget
+
+
+def test_a_latency_below_all_that_was_built_names_the_best(
+    monkeypatch: pytest.MonkeyPatch, curvature: ed.Curvature
+) -> None:
+    """A device that takes its time whatever it runs."""
+    _device(monkeypatch, curvature, overhead=1e3, told=0.0)
+    with pytest.raises(ed.BudgetError, match=r"the fastest model that was built takes (\S+) of"):
+        _compress(ed.Budget(latency=0.8), curvature=curvature, multiple=1, calibrate=False)
+
+
+def test_a_latency_below_all_that_can_be_planned_names_the_least(
+    monkeypatch: pytest.MonkeyPatch, curvature: ed.Curvature
+) -> None:
+    timed = _device(monkeypatch, curvature, overhead=9.0, told=9.0)
+    with pytest.raises(ed.BudgetError, match=r"least that can be reached is 0\.\d+ of the model's"):
+        _compress(ed.Budget(latency=0.5), curvature=curvature, multiple=1, calibrate=False)
+    assert timed == []
+
+
+# Shots and rounds.
+
+
+def _stubbed(monkeypatch: pytest.MonkeyPatch, values: list[float]) -> None:
+    monkeypatch.setattr(_search, "divergence", lambda *_args: values.pop(0))
+
+
+def _left(model: nn.Module) -> float:
+    whole, rest = (ed.count(m, _batches()[0]).macs for m in (_model(), model))
+    return rest / whole
+
+
+@pytest.mark.parametrize("steps", [{"shots": 2}, {"rounds": 2}])
+def test_steps_meet_the_budget_of_the_whole_and_are_listed(
+    monkeypatch: pytest.MonkeyPatch, steps: dict[str, int]
+) -> None:
+    _stubbed(monkeypatch, [0.1, 0.2])  # the step, and doing without the one before
+    result = _compress(ed.Budget(macs=0.5), calibrate=False, **steps)
+    assert _left(result.model) <= 0.5
+    (first,) = result.earlier
+    assert first.left("macs") <= 0.5**0.5
+    assert result.plan.macs[0] == first.macs[1]
+    assert result.report.macs[1] / result.report.macs[0] == pytest.approx(_left(result.model))
+    assert result.report.predicted == pytest.approx(first.price + result.plan.price)
+
+
+def test_rounds_take_back_a_step_that_makes_it_worse(monkeypatch: pytest.MonkeyPatch) -> None:
+    _stubbed(monkeypatch, [0.2, 0.1])
+    result = _compress(ed.Budget(macs=0.5), calibrate=False, rounds=2)
+    at_once = _compress(ed.Budget(macs=0.5), calibrate=False)
+    assert result.earlier == ()
+    assert result.plan.layers == at_once.plan.layers
+    assert _left(result.model) <= 0.5
+    mine, its = result.model.state_dict(), at_once.model.state_dict()
+    assert all(torch.equal(value, its[key]) for key, value in mine.items())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"shots": 0}, "shots is 0"),
+        ({"rounds": 0}, "rounds is 0"),
+        ({"shots": 2, "rounds": 2}, "give shots or rounds, not both"),
+        ({"shots": 2, "method": "kron-obs"}, "are for method='auto'"),
+    ],
+)
+def test_steps_that_cannot_be_meant_are_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ed.EigenDamageError, match=message):
+        _compress(ed.Budget(macs=0.5), **options)
