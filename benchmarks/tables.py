@@ -496,7 +496,9 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
         for axes in (left, right):
             axes.invert_xaxis()
             axes.set_axisbelow(True)
-            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), frameon=False)
+            axes.legend(
+                loc="upper center", bbox_to_anchor=(0.5, -0.16), handlelength=4, frameon=False
+            )
         figure.tight_layout(w_pad=3)
         path.parent.mkdir(parents=True, exist_ok=True)
         metadata = {"Date": None, "Description": fingerprint(results)}

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file
+from torch import nn
 from typer.testing import CliRunner
 
 import eigendamage as ed
@@ -162,9 +164,26 @@ def test_usage_errors_exit_with_two_and_version_is_told() -> None:
     assert _run("--version").stdout.strip() == ed.__version__
 
 
-def test_demo_at_three_budgets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    few = {s: zoo.fashion_mnist(s).take(slice(0, 125)) for s in ("train", "test")}
+@pytest.fixture
+def small_demo(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The demo on few images and a narrow network."""
+    few = {s: zoo.fashion_mnist(s).take(slice(0, 50)) for s in ("train", "test")}
     monkeypatch.setattr(zoo, "fashion_mnist", lambda split: few[split])
+    monkeypatch.setattr(zoo, "demo_network", narrow_network)
+
+
+def narrow_network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        *(nn.Conv2d(1, 8, 3, stride=4), nn.BatchNorm2d(8), nn.ReLU()),
+        *(nn.Conv2d(8, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU()),
+        *(nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU()),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10)),
+    ).eval()
+
+
+@pytest.mark.usefixtures("small_demo")
+def test_demo_at_three_budgets(tmp_path: Path) -> None:
     out = tmp_path / "demo.json"
     done = runner.invoke(app, ["demo", "--out", str(out), "--quiet"])
     assert done.exit_code == 0, done.output
@@ -186,11 +205,10 @@ def test_demo_at_three_budgets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert "tuned" not in done.output
 
 
+@pytest.mark.usefixtures("small_demo")
 def test_demo_with_training_fits_eighty_columns(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    few = {s: zoo.fashion_mnist(s).take(slice(0, 50)) for s in ("train", "test")}
-    monkeypatch.setattr(zoo, "fashion_mnist", lambda split: few[split])
     monkeypatch.setattr(_demo, "BUDGETS", (0.6,))
     out = tmp_path / "demo.json"
     done = runner.invoke(app, ["demo", "--out", str(out), "--quiet", "--finetuning"])

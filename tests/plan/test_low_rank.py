@@ -19,7 +19,8 @@ import eigendamage as ed
 from eigendamage.layers import FORMS, DenseForm, Layer, find_layers
 from eigendamage.plan import Calibration, LowRank, Point, metric_of
 from eigendamage.plan._knapsack_pool import efficient
-from eigendamage.plan._menu import Kind, LayerMenu, floors_of, layer_menu, rank_grid
+from eigendamage.plan._menu import LayerMenu, floors_of, layer_menu
+from eigendamage.plan._options import Kind, rank_grid
 from eigendamage.plan._plan import packed, unpacked
 from eigendamage.plan._sites import _PAIRED, Listing, Site, group_site, layer_site
 from eigendamage.plan.prices._quadratic import quadratic

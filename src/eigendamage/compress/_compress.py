@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
 from torch import nn
 
-from eigendamage.batches import Data, device_of
+from eigendamage.batches import Data
 from eigendamage.compress._prepare import Preparation, prepared, require_loss
+from eigendamage.compress._report import report_of
 from eigendamage.compress._search import in_shots
 from eigendamage.compress._steps import Built, Source, built
-from eigendamage.compress._truth import truth_of
-from eigendamage.curvature import Curvature, EigenvalueKind, Fisher, Loss, calibration_table
+from eigendamage.curvature import Curvature, EigenvalueKind, Fisher, Loss
 from eigendamage.errors import EigenDamageError
 from eigendamage.layers import copy_model
-from eigendamage.measure import count, evaluate_together
 from eigendamage.plan import (
     ACTIONS,
     ActionKind,
@@ -31,11 +30,7 @@ from eigendamage.plan import (
     method_named,
 )
 from eigendamage.report import (
-    Environment,
-    Measured,
     Report,
-    calibration_by_layer,
-    layer_reports,
 )
 from eigendamage.surgery import Repairs, recalibrate_batchnorm
 
@@ -223,7 +218,7 @@ def compress(
         model=last.model if anew is None else anew,
         plan=last.plan,
         curvature=curvature,
-        report=_report(
+        report=report_of(
             model,
             chain,
             anew,
@@ -260,80 +255,3 @@ def _check_steps(shots: int, rounds: int, auto: bool) -> None:
         raise EigenDamageError(
             "shots and rounds are for method='auto'; for other methods see compress_in_rounds"
         )
-
-
-def _report(
-    model: nn.Module,
-    chain: Sequence[Built],
-    anew: nn.Module | None,
-    eval_data: Data | None,
-    curvature: Curvature,
-    ready: Preparation,
-    *,
-    traces: int,
-    budget: Budget,
-) -> Report:
-    """What was expected and what is measured now."""
-    data, settings = ready.data, ready.settings
-    last, clock = chain[-1], settings.clock
-    plan = last.plan
-    repaired = last.model if last.repairs is not None else None
-    versions = [model, last.cut, *(m for m in (repaired, anew) if m is not None)]
-    with clock.stage("measurement"):
-        measured = evaluate_together(
-            versions,
-            data if eval_data is None else eval_data,
-            loss=settings.loss,
-            max_examples=ready.max_examples if eval_data is None else None,
-            reduction=settings.reduction,
-            progress=settings.progress,
-        )
-    truth = truth_of(model, chain, settings)
-    rows = []
-    if traces:
-        with clock.stage("calibration table"):
-            rows = calibration_table(
-                model,
-                data,
-                curvature,
-                loss=settings.loss,
-                examples=traces,
-                reduction=settings.reduction,
-                seed=settings.seed,
-            )
-    found = [Measured.of(m) for m in measured]
-    prices = [shot.plan.price for shot in chain]
-    before, after = count(model, data), count(versions[-1], data)
-    doubt = None if truth is None else truth.note
-    return Report(
-        model=type(model).__name__,
-        method=plan.title,
-        budget=str(budget),
-        ratio=plan.ratio,
-        macs=(before.macs, after.macs),
-        parameters=(before.parameters, after.parameters),
-        examples=curvature.examples,
-        predicted=None if None in prices else sum(p for p in prices if p is not None),
-        measured_on="data" if eval_data is None else "eval_data",
-        measured_examples=measured[0].examples,
-        original=found[0],
-        compressed=found[1],
-        repaired=None if repaired is None else found[2],
-        recalibrated=None if anew is None else found[-1],
-        layers=layer_reports(plan, chain[0].plan),
-        left_alone=plan.left_alone,
-        calibration=calibration_by_layer(rows),
-        truth=truth,
-        latency=None if last.latency is None else _product(chain),
-        gap=plan.gap,
-        seconds=clock.seconds,
-        environment=Environment.here(device_of(model), settings.seed),
-        notes=(*plan.notes, *ready.notes, *([doubt] if doubt else [])),
-    )
-
-
-def _product(chain: Sequence[Built]) -> float:
-    fraction = 1.0
-    for shot in chain:
-        fraction *= shot.latency or 1.0
-    return fraction

@@ -12,7 +12,7 @@ from torch import nn
 from eigendamage.curvature import Curvature
 from eigendamage.layers import ChannelGraph, ChannelGroup, Cost, Layer, Member
 from eigendamage.plan._channels import cost_left, usable_groups
-from eigendamage.plan._menu import rank_grid
+from eigendamage.plan._options import rank_grid
 from eigendamage.plan._views import LayerView
 from eigendamage.plan.prices import kron_obs
 

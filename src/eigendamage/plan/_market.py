@@ -15,8 +15,9 @@ from eigendamage.plan._calibrate import OF_CHANNELS, Calibration
 from eigendamage.plan._group_menu import GroupMenu
 from eigendamage.plan._knapsack import Allocation, allocate, least
 from eigendamage.plan._latency import LatencyTable
-from eigendamage.plan._menu import Kind, LayerMenu, floors_of, metric_of
+from eigendamage.plan._menu import LayerMenu, floors_of, metric_of
 from eigendamage.plan._menus import ACTIONS, ActionKind, Menus
+from eigendamage.plan._options import Kind
 from eigendamage.plan._sites import Listing, Site, group_site, layer_site
 from eigendamage.plan._task import Task
 

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from enum import IntEnum
 from fnmatch import fnmatchcase
 
-import numpy as np
 import torch
 from jaxtyping import Float
-from numpy.typing import NDArray
 from torch import Tensor
 
 from eigendamage.curvature import LayerCurvature
 from eigendamage.errors import EigenDamageError, NonFiniteError
 from eigendamage.layers import FORMS, Cost, DenseForm, Layer, LayerShape
+from eigendamage.plan._options import (
+    Kind,
+    Options,
+    Row,
+    low_rank_row,
+    rank_grid,
+    row_of,
+    smaller_than,
+    stacked,
+)
 from eigendamage.plan._plan import Action, EigenBlock, Keep, LowRank, packed
 from eigendamage.plan._threshold import kept_counts
 from eigendamage.plan.prices.eigendamage import UnitPrices, layer_prices
@@ -27,71 +34,8 @@ from eigendamage.plan.prices.low_rank import (
     svd_prices,
 )
 
-Floats = NDArray[np.float64]
-Integers = NDArray[np.int64]
 # Beyond so many, ranks and thresholds are thinned out evenly.
 _RANKS_OUT, _RANKS_IN, _BLOCKS = 128, 48, 512
-
-
-class Kind(IntEnum):
-    """What an option does to a layer."""
-
-    KEEP = 0
-    LOW_RANK = 1
-    BLOCK = 2
-
-
-@dataclass(frozen=True, eq=False)
-class Options:
-    """Ways to shrink a layer, one an entry of each array.
-
-    Attributes:
-        kind: see `Kind`.
-        form: index into `FORMS`.
-        rank_out: r_o; the number of outputs if they are not cut.
-        rank_in: r_i.
-        basis: which input basis, an index into `LayerMenu.bases`; −1 for none.
-        prices: expected rise of the loss.
-        macs: of one example.
-        params: parameters.
-    """
-
-    kind: Integers
-    form: Integers
-    rank_out: Integers
-    rank_in: Integers
-    basis: Integers
-    prices: Floats
-    macs: Floats
-    params: Floats
-
-    def __len__(self) -> int:
-        return len(self.prices)
-
-    def __add__(self, other: Options) -> Options:
-        return Options(
-            kind=np.concatenate([self.kind, other.kind]),
-            form=np.concatenate([self.form, other.form]),
-            rank_out=np.concatenate([self.rank_out, other.rank_out]),
-            rank_in=np.concatenate([self.rank_in, other.rank_in]),
-            basis=np.concatenate([self.basis, other.basis]),
-            prices=np.concatenate([self.prices, other.prices]),
-            macs=np.concatenate([self.macs, other.macs]),
-            params=np.concatenate([self.params, other.params]),
-        )
-
-    def take(self, which: NDArray[np.int64] | NDArray[np.bool_]) -> Options:
-        """Some of them."""
-        return Options(
-            kind=self.kind[which],
-            form=self.form[which],
-            rank_out=self.rank_out[which],
-            rank_in=self.rank_in[which],
-            basis=self.basis[which],
-            prices=self.prices[which],
-            macs=self.macs[which],
-            params=self.params[which],
-        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,60 +105,11 @@ class LayerMenu:
         prices = basis_prices(metric, basis)
         index = len(self.bases)
         found = [
-            self._low_rank(rank_out, rank_in, index, float(prices[rank_out]))
+            low_rank_row(self.shape, rank_out, rank_in, index, float(prices[rank_out]))
             for rank_out in rank_grid(self.shape.outputs, len(prices) - 1, multiple, _RANKS_OUT)
         ]
-        more = _no_larger(_stack(found), self.options)
+        more = smaller_than(stacked(found), self.options)
         return replace(self, options=self.options + more, bases=(*self.bases, basis))
-
-    def _low_rank(self, rank_out: int, rank_in: int, basis: int, price: float) -> _Row:
-        return _low_rank(self.shape, rank_out, rank_in, basis, price)
-
-
-_Row = tuple[int, int, int, int, int, float, float, float]
-
-
-def _stack(rows: Sequence[_Row]) -> Options:
-    whole = np.array([row[:5] for row in rows], np.int64).reshape(-1, 5)
-    real = np.array([row[5:] for row in rows], np.float64).reshape(-1, 3)
-    return Options(
-        kind=whole[:, 0],
-        form=whole[:, 1],
-        rank_out=whole[:, 2],
-        rank_in=whole[:, 3],
-        basis=whole[:, 4],
-        prices=real[:, 0],
-        macs=real[:, 1],
-        params=real[:, 2],
-    )
-
-
-def _row(
-    shape: LayerShape, kind: Kind, form: DenseForm, ranks: tuple[int, int], basis: int, price: float
-) -> _Row:
-    cost = shape.factored(ranks[0], ranks[1], form)
-    return (kind, FORMS.index(form), *ranks, basis, price, cost.macs, float(cost.parameters))
-
-
-def _low_rank(shape: LayerShape, rank_out: int, rank_in: int, basis: int, price: float) -> _Row:
-    form: DenseForm = "three"
-    if basis < 0:
-        form, rank_in = "merge_in", shape.inputs
-    elif rank_out >= shape.outputs:
-        form, rank_out = "merge_out", shape.outputs
-    return _row(shape, Kind.LOW_RANK, form, (rank_out, rank_in), basis, price)
-
-
-def rank_grid(size: int, most: int, multiple: int, count: int) -> list[int]:
-    """Ranks from 1 to ``most``, ``count`` at most: multiples of ``multiple``, and ``size`` itself.
-
-    Where there is no multiple up to ``most``, all ranks.
-    """
-    step = multiple * max(1, -(-most // (count * multiple)))
-    ranks = list(range(step, most + 1, step)) or list(range(1, most + 1))
-    if most >= size and size not in ranks:
-        ranks.append(size)
-    return ranks
 
 
 def metric_of(layer: Layer, curvature: LayerCurvature, damping: float) -> Metric:
@@ -258,7 +153,7 @@ def layer_menu(
             missing.
         NonFiniteError: if the weight or the curvature holds NaN or infinity.
     """
-    rows: list[_Row] = []
+    rows: list[Row] = []
     bases: tuple[Tensor, ...] = ()
     try:
         if "low-rank" in actions:
@@ -271,7 +166,7 @@ def layer_menu(
         ) from error
     known = curvature.shape
     kept = layer.cost(known)
-    keep: _Row = (
+    keep: Row = (
         Kind.KEEP,
         0,
         known.outputs,
@@ -286,10 +181,10 @@ def layer_menu(
         prices = layer_prices(layer.weight(), curvature)
         order, blocks = _block_rows(prices, known, max_ratio, multiple)
         rows += blocks
-    first = _stack([keep])
+    first = stacked([keep])
     return LayerMenu(
         name=layer.name,
-        options=first + _no_larger(_stack(rows), first),
+        options=first + smaller_than(stacked(rows), first),
         shape=replace(known, bias=True),
         bases=bases,
         rows=order[0],
@@ -299,19 +194,13 @@ def layer_menu(
     )
 
 
-def _no_larger(options: Options, keep: Options) -> Options:
-    """Those that take fewer MACs and fewer parameters than the layer as it is."""
-    smaller = (options.macs < keep.macs[0]) & (options.params < keep.params[0])
-    return options.take(smaller)
-
-
 def _low_rank_rows(
     metric: Metric, shape: LayerShape, multiple: int
-) -> tuple[list[_Row], tuple[Tensor, ...]]:
+) -> tuple[list[Row], tuple[Tensor, ...]]:
     prices = svd_prices(metric)
     o, i, K = shape.outputs, shape.inputs, shape.offsets
     found = [
-        _low_rank(shape, rank, i, -1, float(prices[rank]))
+        low_rank_row(shape, rank, i, -1, float(prices[rank]))
         for rank in rank_grid(o, len(prices) - 1, multiple, _RANKS_OUT)
     ]
     if K == 1:
@@ -320,19 +209,19 @@ def _low_rank_rows(
     for rank_in in rank_grid(i, i - 1, multiple, _RANKS_IN):
         prices = nested.prices(rank_in)
         for rank_out in rank_grid(o, len(prices) - 1, multiple, _RANKS_OUT):
-            found.append(_low_rank(shape, rank_out, rank_in, 0, float(prices[rank_out])))
+            found.append(low_rank_row(shape, rank_out, rank_in, 0, float(prices[rank_out])))
     return found, (nested.directions,)
 
 
 def _block_rows(
     prices: UnitPrices, shape: LayerShape, max_ratio: float, multiple: int
-) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], list[_Row]]:
+) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], list[Row]]:
     """EigenDamage's blocks of one layer at every threshold, in every form."""
     rows = prices.rows.argsort(descending=True, stable=True)
     columns = prices.columns.argsort(descending=True, stable=True)
     inside = prices.loss[rows][:, columns].cumsum(0).cumsum(1)
     total = float(inside[-1, -1])
-    found: dict[tuple[int, int, DenseForm], _Row] = {}
+    found: dict[tuple[int, int, DenseForm], Row] = {}
     thresholds = prices.units.unique()
     thresholds = thresholds[:: max(1, len(thresholds) // _BLOCKS)]
     sides = [kept_counts(side, thresholds, max_ratio) for side in (prices.rows, prices.columns)]
@@ -343,7 +232,7 @@ def _block_rows(
             if (r_o, r_i, form) in found or any(r % multiple for r in (r_o, r_i)):
                 continue
             price = max(0.0, total - float(inside[r_o - 1, r_i - 1]))
-            found[r_o, r_i, form] = _row(shape, Kind.BLOCK, form, (r_o, r_i), -1, price)
+            found[r_o, r_i, form] = row_of(shape, Kind.BLOCK, form, (r_o, r_i), -1, price)
     return (tuple(rows.tolist()), tuple(columns.tolist())), list(found.values())
 
 

@@ -1,0 +1,110 @@
+"""The report of what `compress` did."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from eigendamage.batches import Data, device_of
+from eigendamage.compress._prepare import Preparation
+from eigendamage.compress._steps import Built
+from eigendamage.compress._truth import truth_of
+from eigendamage.curvature import Curvature, calibration_table
+from eigendamage.measure import count, evaluate_together
+from eigendamage.plan import Budget
+from eigendamage.report import (
+    Environment,
+    Measured,
+    Report,
+    calibration_by_layer,
+    layer_reports,
+)
+
+
+def report_of(
+    model: nn.Module,
+    chain: Sequence[Built],
+    anew: nn.Module | None,
+    eval_data: Data | None,
+    curvature: Curvature,
+    ready: Preparation,
+    *,
+    traces: int,
+    budget: Budget,
+) -> Report:
+    """What was expected and what is measured now.
+
+    Args:
+        model: the original.
+        chain: the shots that led to the result.
+        anew: the result with batch norm's statistics measured again; None if they were not.
+        eval_data: what to measure on; the data itself if there is none.
+        curvature: of the original.
+        ready: the data and what the steps share.
+        traces: examples for the table of Fisher traces.
+        budget: what was asked for.
+    """
+    data, settings = ready.data, ready.settings
+    last, clock = chain[-1], settings.clock
+    plan = last.plan
+    repaired = last.model if last.repairs is not None else None
+    versions = [model, last.cut, *(m for m in (repaired, anew) if m is not None)]
+    with clock.stage("measurement"):
+        measured = evaluate_together(
+            versions,
+            data if eval_data is None else eval_data,
+            loss=settings.loss,
+            max_examples=ready.max_examples if eval_data is None else None,
+            reduction=settings.reduction,
+            progress=settings.progress,
+        )
+    truth = truth_of(model, chain, settings)
+    rows = []
+    if traces:
+        with clock.stage("calibration table"):
+            rows = calibration_table(
+                model,
+                data,
+                curvature,
+                loss=settings.loss,
+                examples=traces,
+                reduction=settings.reduction,
+                seed=settings.seed,
+            )
+    found = [Measured.of(m) for m in measured]
+    prices = [shot.plan.price for shot in chain]
+    before, after = count(model, data), count(versions[-1], data)
+    doubt = None if truth is None else truth.note
+    return Report(
+        model=type(model).__name__,
+        method=plan.title,
+        budget=str(budget),
+        ratio=plan.ratio,
+        macs=(before.macs, after.macs),
+        parameters=(before.parameters, after.parameters),
+        examples=curvature.examples,
+        predicted=None if None in prices else sum(p for p in prices if p is not None),
+        measured_on="data" if eval_data is None else "eval_data",
+        measured_examples=measured[0].examples,
+        original=found[0],
+        compressed=found[1],
+        repaired=None if repaired is None else found[2],
+        recalibrated=None if anew is None else found[-1],
+        layers=layer_reports(plan, chain[0].plan),
+        left_alone=plan.left_alone,
+        calibration=calibration_by_layer(rows),
+        truth=truth,
+        latency=None if last.latency is None else _product(chain),
+        gap=plan.gap,
+        seconds=clock.seconds,
+        environment=Environment.here(device_of(model), settings.seed),
+        notes=(*plan.notes, *ready.notes, *([doubt] if doubt else [])),
+    )
+
+
+def _product(chain: Sequence[Built]) -> float:
+    fraction = 1.0
+    for shot in chain:
+        fraction *= shot.latency or 1.0
+    return fraction
