@@ -19,22 +19,36 @@ from eigendamage.plan._latency import (
     TimeGrid,
     grids_to_measure,
 )
-from tests.networks import NETWORKS
 
-NAME = "vgg, flattened"
 HERE = Conditions(
     device="a", torch="2", threads=1, dtype="float64", memory_format="contiguous", batch=1
 )
 PER_MAC = 1e-4  # milliseconds
+MEASURED = ("low-rank", "channels")
 
 
 def _model() -> nn.Module:
-    return NETWORKS[NAME].model()
+    """Wide enough for many sizes between any two budgets."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 12, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(12, 20, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(20, 24, 3, padding=1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(24, 8),
+        nn.ReLU(),
+        nn.Linear(8, 5),
+    ).double()
 
 
 def _batches() -> list[Tensor]:
     generator = torch.Generator().manual_seed(3)
-    return list(torch.randn(30, 3, 8, 8, dtype=torch.float64, generator=generator).split(6))
+    return list(torch.randn(100, 3, 8, 8, dtype=torch.float64, generator=generator).split(20))
 
 
 @pytest.fixture(scope="session")
@@ -47,7 +61,10 @@ def curvature() -> ed.Curvature:
 
 def _compress(budget: ed.Budget, **options: object) -> ed.Compressed:
     return ed.compress(
-        _model(), _batches(), budget=budget, **{"refine": 0, "progress": False, **options}
+        _model(),
+        _batches(),
+        budget=budget,
+        **{"refine": 0, "calibrate": False, "progress": False, **options},
     )
 
 
@@ -61,27 +78,26 @@ def _divergence(model: nn.Module) -> float | None:
 
 @pytest.fixture(scope="session")
 def halved(curvature: ed.Curvature) -> float:
-    """What half the MACs cost."""
-    return _divergence(_compress(ed.Budget(macs=0.5), curvature=curvature).model)
+    """What half the MACs cost by channels alone."""
+    result = _compress(ed.Budget(macs=0.5), curvature=curvature, actions=("channels",))
+    return _divergence(result.model)
 
 
 def test_the_divergence_stays_below_the_loss_and_more_of_it_leaves_no_more(
     curvature: ed.Curvature, halved: float
 ) -> None:
     left: list[float] = []
-    for loss in (0.3 * halved, halved, 4 * halved):
-        result = _compress(ed.Budget(loss=loss), curvature=curvature)
+    for loss in (halved, 4 * halved):
+        result = _compress(ed.Budget(loss=loss), curvature=curvature, actions=("channels",))
         assert _divergence(result.model) <= loss
         assert result.report.truth.measured <= loss
         left.append(result.plan.left("macs"))
-    assert left == sorted(left, reverse=True)
-    assert left[-1] < left[0] < 1
-    assert left[1] <= 0.6  # half was enough
+    assert left[1] < left[0] <= 0.6  # half was enough
 
 
 def test_a_loss_that_cannot_be_met_names_the_nearest(curvature: ed.Curvature) -> None:
     with pytest.raises(ed.BudgetError, match="cannot be met: the nearest model") as refused:
-        _compress(ed.Budget(loss=1e-13), curvature=curvature)
+        _compress(ed.Budget(loss=1e-13), curvature=curvature, actions=("channels",))
     nearest = float(str(refused.value).split("diverges by ")[1].split(" ")[0])
     assert 1e-13 < nearest < 1
 
@@ -170,7 +186,7 @@ def _device(
 
 
 @pytest.mark.parametrize("goal", [0.8, 0.6])
-@pytest.mark.parametrize(("overhead", "told"), [(0.0, 0.0), (0.4, 0.4), (0.3, 0.0)])
+@pytest.mark.parametrize(("overhead", "told"), [(0.0, 0.0), (30.0, 30.0), (8.0, 0.0)])
 def test_a_latency_is_met_and_not_far_undercut(
     monkeypatch: pytest.MonkeyPatch,
     curvature: ed.Curvature,
@@ -184,8 +200,8 @@ def test_a_latency_is_met_and_not_far_undercut(
         ed.Budget(latency=goal),
         curvature=curvature,
         multiple=1,
+        actions=MEASURED,
         latency_batch=3,
-        calibrate=False,
     )
     before, after = (ed.count(m, _batches()[0]).macs for m in (_model(), result.model))
     found = (PER_MAC * after + overhead) / (PER_MAC * before + overhead)
@@ -195,12 +211,21 @@ def test_a_latency_is_met_and_not_far_undercut(
     assert set(batches) == {3}
 
 
+def test_all_actions_may_be_taken_for_a_latency(
+    monkeypatch: pytest.MonkeyPatch, curvature: ed.Curvature
+) -> None:
+    """Blocks of layers without a kernel among them."""
+    _device(monkeypatch, curvature, overhead=0.0, told=0.0)
+    result = _compress(ed.Budget(latency=0.7), curvature=curvature, multiple=1)
+    assert 0.93 * 0.7 <= result.report.latency <= 0.7
+
+
 def test_latency_and_size_hold_together(
     monkeypatch: pytest.MonkeyPatch, curvature: ed.Curvature
 ) -> None:
     _device(monkeypatch, curvature, overhead=0.0, told=0.0)
     budget = ed.Budget(latency=0.7, params=0.4)
-    result = _compress(budget, curvature=curvature, multiple=1, calibrate=False)
+    result = _compress(budget, curvature=curvature, multiple=1, actions=MEASURED)
     assert result.report.latency <= 0.7
     assert result.plan.left("params") <= 0.4
     assert result.plan.budget == budget
@@ -212,15 +237,15 @@ def test_a_latency_below_all_that_was_built_names_the_best(
     """A device that takes its time whatever it runs."""
     _device(monkeypatch, curvature, overhead=1e3, told=0.0)
     with pytest.raises(ed.BudgetError, match=r"the fastest model that was built takes (\S+) of"):
-        _compress(ed.Budget(latency=0.8), curvature=curvature, multiple=1, calibrate=False)
+        _compress(ed.Budget(latency=0.8), curvature=curvature, multiple=1, actions=MEASURED)
 
 
 def test_a_latency_below_all_that_can_be_planned_names_the_least(
     monkeypatch: pytest.MonkeyPatch, curvature: ed.Curvature
 ) -> None:
-    timed = _device(monkeypatch, curvature, overhead=9.0, told=9.0)
+    timed = _device(monkeypatch, curvature, overhead=1e3, told=1e3)
     with pytest.raises(ed.BudgetError, match=r"least that can be reached is 0\.\d+ of the model's"):
-        _compress(ed.Budget(latency=0.5), curvature=curvature, multiple=1, calibrate=False)
+        _compress(ed.Budget(latency=0.5), curvature=curvature, multiple=1, actions=MEASURED)
     assert timed == []
 
 
@@ -238,10 +263,10 @@ def _left(model: nn.Module) -> float:
 
 @pytest.mark.parametrize("steps", [{"shots": 2}, {"rounds": 2}])
 def test_steps_meet_the_budget_of_the_whole_and_are_listed(
-    monkeypatch: pytest.MonkeyPatch, steps: dict[str, int]
+    monkeypatch: pytest.MonkeyPatch, curvature: ed.Curvature, steps: dict[str, int]
 ) -> None:
     _stubbed(monkeypatch, [0.1, 0.2])  # the step, and doing without the one before
-    result = _compress(ed.Budget(macs=0.5), calibrate=False, **steps)
+    result = _compress(ed.Budget(macs=0.5), curvature=curvature, **steps)
     assert _left(result.model) <= 0.5
     (first,) = result.earlier
     assert first.left("macs") <= 0.5**0.5
@@ -250,10 +275,12 @@ def test_steps_meet_the_budget_of_the_whole_and_are_listed(
     assert result.report.predicted == pytest.approx(first.price + result.plan.price)
 
 
-def test_rounds_take_back_a_step_that_makes_it_worse(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rounds_take_back_a_step_that_makes_it_worse(
+    monkeypatch: pytest.MonkeyPatch, curvature: ed.Curvature
+) -> None:
     _stubbed(monkeypatch, [0.2, 0.1])
-    result = _compress(ed.Budget(macs=0.5), calibrate=False, rounds=2)
-    at_once = _compress(ed.Budget(macs=0.5), calibrate=False)
+    result = _compress(ed.Budget(macs=0.5), curvature=curvature, rounds=2)
+    at_once = _compress(ed.Budget(macs=0.5), curvature=curvature)
     assert result.earlier == ()
     assert result.plan.layers == at_once.plan.layers
     assert _left(result.model) <= 0.5

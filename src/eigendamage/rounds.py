@@ -66,7 +66,7 @@ def compress_in_rounds(
     rank_by: RankBy | None = None,
     ignore: Iterable[str] = (),
     max_examples: int | None = None,
-    recalibrate: bool = True,
+    recalibrate: bool | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> Rounds:

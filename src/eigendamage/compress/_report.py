@@ -99,7 +99,7 @@ def report_of(
         gap=plan.gap,
         seconds=clock.seconds,
         environment=Environment.here(device_of(model), settings.seed),
-        notes=(*plan.notes, *ready.notes, *([doubt] if doubt else [])),
+        notes=(*plan.notes, *ready.notes, *last.notes, *([doubt] if doubt else [])),
     )
 
 

@@ -222,7 +222,7 @@ def in_shots(
         chain = taken
         if index + 1 < shots:
             fresh = refresh(chain[-1].model)
-            sources.append(replace(fresh, outputs=chain[-1].outputs))
+            sources.append(replace(fresh, outputs=chain[-1].outputs, root=source.curvature))
     return chain
 
 
@@ -240,6 +240,6 @@ def _step(budget: Budget, goal: float, chain: list[Built]) -> Budget:
     }
     left["latency"] = math.prod((shot.latency or 1.0 for shot in chain), start=1.0)
     part = budget.step(goal, left)
-    if all(value >= 1.0 for value in part.given.values()):
+    if chain and budget.loss is None and all(v >= 1.0 for v in part.given.values()):
         raise NothingToCompressError("an earlier shot has left less than the budget already")
     return part

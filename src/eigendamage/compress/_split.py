@@ -31,7 +31,7 @@ class Part:
     def __iter__(self) -> Iterator[Batch]:
         for index, batch in enumerate(self._batches):
             if self._whole:
-                if (index % _HELD_OUT == _HELD_OUT - 1 or index == _FEWEST - 1) == self._held_out:
+                if (index % _HELD_OUT == _FEWEST - 1) == self._held_out:
                     yield batch
             else:
                 first = batch.size - max(1, batch.size // _HELD_OUT)
@@ -71,10 +71,11 @@ def split(data: Data, device: torch.device, max_examples: int | None) -> Parts:
             f"{len(first)} batches of several tensors each, which cannot be cut; give at least "
             f"{_FEWEST} batches, or repair=False and calibrate=False"
         )
-    if not whole and sum(batch.size for batch in first) < 2:
+    if not whole and all(batch.size < 2 for batch in first):
         raise DataError(
-            "a part of the data is held out to judge the repair by, but there is one example only; "
-            "give more, or repair=False and calibrate=False"
+            f"a part of the data is held out to judge the repair by, but there are only "
+            f"{len(first)} batches of one example; give at least {_FEWEST} batches, or larger ones, "
+            f"or repair=False and calibrate=False"
         )
     return Parts(
         Part(batches, held_out=False, whole=whole), Part(batches, held_out=True, whole=whole)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Literal
 
+import numpy as np
 from torch import nn
 
 from eigendamage.compress._split import Parts
@@ -15,6 +16,7 @@ from eigendamage.curvature import Curvature, Loss
 from eigendamage.errors import BudgetError
 from eigendamage.measure import calibrate, evaluate
 from eigendamage.plan import (
+    OF_CHANNELS,
     ActionKind,
     Budget,
     Calibration,
@@ -27,6 +29,9 @@ from eigendamage.plan import (
 )
 from eigendamage.surgery import Repairs, apply_plan, repair_model
 
+_PLANNED = 4  # plans, until none holds a surprise
+_SURPRISE = 2.0  # times its calibrated price
+_SHARE = 0.1  # of the plan's price: what is less does not matter
 CALIBRATED_ON = 256
 """The most held-out examples that a calibration measures on."""
 
@@ -118,6 +123,7 @@ class Source:
         calibration: of the menus' prices.
         latency: of its layers, where the budget asks for it.
         outputs: for layers that lost outputs before, which of the original's are left.
+        root: the curvature of the original, if that is another model.
     """
 
     model: nn.Module
@@ -126,6 +132,7 @@ class Source:
     calibration: Calibration = field(default_factory=Calibration)
     latency: LatencyTable | None = None
     outputs: Mapping[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
+    root: Curvature | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,6 +147,7 @@ class Built:
         repairs: of the layers; None if there was no repair.
         outputs: for layers that lost outputs, which of the original's are left.
         latency: the fraction of the source's that ``cut`` took, where it was measured.
+        notes: what a user should know.
     """
 
     source: Source
@@ -149,6 +157,7 @@ class Built:
     repairs: Repairs | None
     outputs: Mapping[str, tuple[int, ...]]
     latency: float | None = None
+    notes: tuple[str, ...] = ()
 
 
 def planned(source: Source, budget: Budget, settings: Settings) -> tuple[Source, Plan]:
@@ -156,7 +165,7 @@ def planned(source: Source, budget: Budget, settings: Settings) -> tuple[Source,
 
     Each layer is measured alone as the cheapest plan without channels would change it, each group
     of channels as one with channels alone would; then what the plan by those prices chooses is
-    measured too, and it is made again.
+    measured too, and it is made again, until no layer in it costs far more than it was chosen for.
     """
     with settings.clock.stage("plan"):
         if not settings.calibrated or settings.parts is None:
@@ -168,11 +177,26 @@ def planned(source: Source, budget: Budget, settings: Settings) -> tuple[Source,
             if (probe := _probe(plain, budget, actions, settings)) is not None
         ]
     found = _calibrated(source, probes, settings)
-    with settings.clock.stage("plan"):
-        plan = settings.planning.plan(found, budget, refine=0)
-    found = _calibrated(found, [plan], settings)
-    with settings.clock.stage("plan"):
-        return found, settings.planning.plan(found, budget)
+    refine = 0
+    for _ in range(_PLANNED):
+        with settings.clock.stage("plan"):
+            plan = settings.planning.plan(found, budget, refine=refine)
+        found = _calibrated(found, [plan], settings)
+        if refine and not _surprising(plan, found.calibration):
+            break
+        refine = settings.planning.refine
+    return found, plan
+
+
+def _surprising(plan: Plan, calibration: Calibration) -> bool:
+    """Whether a layer of the plan was measured to cost far more than it was chosen for."""
+    for name, layer in plan.layers.items():
+        if layer.price and layer.calibrated is not None:
+            key = OF_CHANNELS + name if isinstance(layer.action, Channels) else name
+            now = float(calibration.corrected(key, np.array([layer.price]))[0])
+            if now > _SURPRISE * layer.calibrated and now > _SHARE * (plan.calibrated or 0.0):
+                return True
+    return False
 
 
 def _probing(actions: tuple[ActionKind, ...]) -> list[tuple[ActionKind, ...]]:
@@ -225,12 +249,19 @@ def built(original: nn.Module, source: Source, plan: Plan, settings: Settings) -
             original,
             settings.parts.fit,
             held_out=settings.parts.held_out,
-            curvature=source.curvature if source.model is original else None,
+            curvature=source.root or source.curvature,
             layers=repairable(plan),
             outputs=outputs,
             seed=settings.seed,
             progress=settings.progress,
         )
+        before, after = (divergence(original, each, settings) for each in (cut, model))
+    if before is not None and after is not None and after > before:
+        note = (
+            f"the repair was left out: on held-out inputs it raised the divergence from "
+            f"{before:.3g} to {after:.3g}"
+        )
+        return Built(source, plan, cut, cut, None, outputs, notes=(note,))
     return Built(source, plan, cut, model, repairs, outputs)
 
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import torch
 from torch import nn
 
-from eigendamage.errors import BudgetError
+from eigendamage.errors import BudgetError, NothingToCompressError
 from eigendamage.layers import Cost, Layer
 from eigendamage.plan._calibrate import OF_CHANNELS
-from eigendamage.plan._channels import channel_actions
+from eigendamage.plan._channels import channel_actions, plan_channels
 from eigendamage.plan._market import AutoOptions, Basket, Market
 from eigendamage.plan._menus import Menus
+from eigendamage.plan._methods import READERS_REPAIRED
 from eigendamage.plan._plan import Action, CarrierPlan, Channels, Keep
 from eigendamage.plan._task import Result, Task
 
@@ -40,7 +42,46 @@ def plan_auto(task: Task, menus: Menus, options: AutoOptions) -> Result:
         if not market.refine(basket, refined):
             break
         basket = market.allocate()
-    return _result(task, menus, options, market, basket)
+    result = _result(task, menus, options, market, basket)
+    return _chained(task, menus, options, result) or result
+
+
+def _chained(task: Task, menus: Menus, options: AutoOptions, found: Result) -> Result | None:
+    """What removing channels alone makes of a model whose groups meet in layers, if it is cheaper.
+
+    The menus hold only groups that share no layer. Where there are others, as in a chain of
+    layers, all groups together are weighed against what was found: by one threshold over their
+    prices for what they save.
+    """
+    graph, unit = menus.graph, task.budget.unit
+    plain = not options.floors and menus.multiple == 1 and task.budget.latency is None
+    if (
+        graph is None
+        or unit is None
+        or not plain
+        or "channels" not in options.actions
+        or len(graph.groups) == len(menus.groups)
+    ):
+        return None
+    try:
+        other = plan_channels(task, READERS_REPAIRED, unit, torch.Generator())
+    except (BudgetError, NothingToCompressError):
+        return None
+    corrected = options.calibration.corrected
+
+    def total(result: Result) -> float:
+        return sum(
+            float(corrected(_calibrated_as(name, result), np.array([price]))[0])
+            for name, price in result.prices.items()
+            if price
+        )
+
+    return other if total(other) < total(found) else None
+
+
+def _calibrated_as(name: str, result: Result) -> str:
+    channels = isinstance(result.actions.get(name), Channels)
+    return OF_CHANNELS + name if channels else name
 
 
 def _result(

@@ -75,7 +75,12 @@ def group_menus(
         members = _members(group)
         if any(not _is_plain(layers[m.module]) for m in group.readers):
             left_alone[f"channels of {name}"] = "a factored layer reads them, which is not repaired"
-        elif taken.isdisjoint(members):
+        elif shared := taken.intersection(members):
+            left_alone[f"channels of {name}"] = (
+                f"'{min(shared)}' is in another group that is on the menu; they are weighed only "
+                f"all together"
+            )
+        else:
             taken.update(members)
             found[name] = _menu(name, group, graph, layers, curvature, damping, multiple)
     return found, graph, left_alone

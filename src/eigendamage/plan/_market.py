@@ -147,6 +147,9 @@ class Market:
         o = menu.options
         allowed = o.macs >= self._floors.get(menu.name, 0.0) * o.macs[0]
         allowed &= np.isin(o.kind, [_KINDS[a] for a in self._options.actions if a in _KINDS])
+        if "latency" in self._limits and menu.shape.offsets == 1:
+            # Without a kernel two stages are what is timed, and what is best.
+            allowed &= o.form == FORMS.index("merge_in")
         allowed[0] = True
         index = np.flatnonzero(allowed)
         prices = self._options.calibration.corrected(menu.name, o.prices[index])

@@ -225,11 +225,16 @@ def _block_rows(
     thresholds = prices.units.unique()
     thresholds = thresholds[:: max(1, len(thresholds) // _BLOCKS)]
     sides = [kept_counts(side, thresholds, max_ratio) for side in (prices.rows, prices.columns)]
-    for ranks in zip(*sides, strict=True):
+    sizes = shape.outputs, shape.inputs
+    for counts in zip(*sides, strict=True):
+        # Rounded up to a multiple: the dearest of those that would go stay.
+        ranks = [
+            min(n, -(-count // multiple) * multiple) for n, count in zip(sizes, counts, strict=True)
+        ]
         for form in FORMS:
             r_o = shape.outputs if form == "merge_out" else ranks[0]
             r_i = shape.inputs if form == "merge_in" else ranks[1]
-            if (r_o, r_i, form) in found or any(r % multiple for r in (r_o, r_i)):
+            if (r_o, r_i, form) in found:
                 continue
             price = max(0.0, total - float(inside[r_o - 1, r_i - 1]))
             found[r_o, r_i, form] = row_of(shape, Kind.BLOCK, form, (r_o, r_i), -1, price)
@@ -240,10 +245,14 @@ def floors_of(floors: Mapping[str, float], names: Sequence[str]) -> dict[str, fl
     """The fraction of each layer's MACs that has to stay, by dotted path; the largest that fits."""
     found: dict[str, float] = {}
     for pattern, fraction in floors.items():
+        if not 0 <= fraction <= 1:
+            raise EigenDamageError(
+                f"floors: '{pattern}' is {fraction}; it is a fraction of the MACs, from 0 to 1"
+            )
         hits = [name for name in names if fnmatchcase(name, pattern)]
         if not hits:
             raise EigenDamageError(
-                f"floors: the pattern '{pattern}' matches no layer; layers are: "
+                f"floors: the pattern '{pattern}' matches no layer that may be changed; these are: "
                 f"{', '.join(list(names)[:8])}, …"
             )
         for name in hits:

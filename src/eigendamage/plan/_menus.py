@@ -51,7 +51,7 @@ class Menus:
     max_ratio: float
     multiple: int
     notes: tuple[str, ...] = ()
-    _refined: dict[tuple[str, int, int], Tensor] = field(default_factory=dict, repr=False)
+    _refined: dict[tuple[str, int, int, int], Tensor] = field(default_factory=dict, repr=False)
 
     def refined(self, layer: Layer, rank_out: int, rank_in: int, steps: int) -> Tensor | None:
         """A layer's input basis, refined for these ranks; None where that costs too much.
@@ -61,7 +61,7 @@ class Menus:
         menu = self.layers[layer.name]
         if _work(menu, rank_in) > _REFINABLE:
             return None
-        key = (layer.name, rank_out, rank_in)
+        key = (layer.name, rank_out, rank_in, steps)
         if key not in self._refined:
             start = menu.bases[0][:, :rank_in]
             metric = metric_of(layer, self.curvature[layer.name], self.damping)

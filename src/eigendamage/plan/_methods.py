@@ -160,6 +160,8 @@ def _single(rule: ChannelRule) -> Mapping[str, ChannelRule]:
     return {"paper": rule}
 
 
+READERS_REPAIRED = ChannelRule(_by_elimination, "columns")
+
 METHODS: Mapping[str, Method] = {
     "auto": AutoMethod("for each layer what costs least of low rank, blocks and channels"),
     "eigendamage": BlockMethod("rows and columns in the Kronecker-factored eigenbasis"),
@@ -170,7 +172,7 @@ METHODS: Mapping[str, Method] = {
         "channels under the Kronecker-factored Fisher, the others repaired",
         ("patches", "channels"),
         {
-            "readers": ChannelRule(_by_elimination, "columns"),
+            "readers": READERS_REPAIRED,
             "joint": ChannelRule(
                 _by_rows(lambda y: kron_obs.row_prices(y.W, y.S_inverse, y.A)), "both"
             ),

@@ -14,7 +14,7 @@ from eigendamage.plan._knapsack_pool import efficient
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 # Options of a layer that are paired with those of the others of its site, by number of units.
-_PAIRED = {1: 384, 2: 64, 3: 40, 4: 24}
+_PAIRED = {1: 384, 2: 128, 3: 64, 4: 40}
 
 
 @dataclass(frozen=True, eq=False)
