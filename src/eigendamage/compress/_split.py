@@ -74,7 +74,7 @@ def split(data: Data, device: torch.device, max_examples: int | None) -> Parts:
     if not whole and all(batch.size < 2 for batch in first):
         raise DataError(
             f"a part of the data is held out to judge the repair by, but there are only "
-            f"{len(first)} batches of one example; give at least {_FEWEST} batches, or larger ones, "
+            f"{len(first)} batches of one example; give at least {_FEWEST}, or larger ones, "
             f"or repair=False and calibrate=False"
         )
     return Parts(

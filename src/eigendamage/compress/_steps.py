@@ -29,7 +29,7 @@ from eigendamage.plan import (
 )
 from eigendamage.surgery import Repairs, apply_plan, repair_model
 
-_PLANNED = 4  # plans, until none holds a surprise
+_PLANNED = 3  # plans, until none holds a surprise
 _SURPRISE = 2.0  # times its calibrated price
 _SHARE = 0.1  # of the plan's price: what is less does not matter
 CALIBRATED_ON = 256
@@ -177,14 +177,16 @@ def planned(source: Source, budget: Budget, settings: Settings) -> tuple[Source,
             if (probe := _probe(plain, budget, actions, settings)) is not None
         ]
     found = _calibrated(source, probes, settings)
-    refine = 0
+    with settings.clock.stage("plan"):
+        plan = settings.planning.plan(found, budget, refine=0)
     for _ in range(_PLANNED):
-        with settings.clock.stage("plan"):
-            plan = settings.planning.plan(found, budget, refine=refine)
         found = _calibrated(found, [plan], settings)
-        if refine and not _surprising(plan, found.calibration):
-            break
-        refine = settings.planning.refine
+        with settings.clock.stage("plan"):
+            plan = settings.planning.plan(found, budget)
+        after = _calibrated(found, [plan], settings)
+        if not _surprising(plan, after.calibration):
+            return after, plan
+        found = after
     return found, plan
 
 

@@ -67,11 +67,11 @@ def _chained(task: Task, menus: Menus, options: AutoOptions, found: Result) -> R
         other = plan_channels(task, READERS_REPAIRED, unit, torch.Generator())
     except (BudgetError, NothingToCompressError):
         return None
-    corrected = options.calibration.corrected
+    weighed = options.calibration.weighed
 
     def total(result: Result) -> float:
         return sum(
-            float(corrected(_calibrated_as(name, result), np.array([price]))[0])
+            float(weighed(_calibrated_as(name, result), np.array([price]))[0])
             for name, price in result.prices.items()
             if price
         )

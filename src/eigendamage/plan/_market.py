@@ -152,7 +152,7 @@ class Market:
             allowed &= o.form == FORMS.index("merge_in")
         allowed[0] = True
         index = np.flatnonzero(allowed)
-        prices = self._options.calibration.corrected(menu.name, o.prices[index])
+        prices = self._options.calibration.weighed(menu.name, o.prices[index])
         costs = np.stack([self._spent(menu, unit)[index] for unit in self._limits], 1)
         return Listing(prices, costs, index)
 
@@ -204,7 +204,7 @@ class Market:
         return _in_unit(group.whole, unit)
 
     def _group_site(self, group: GroupMenu) -> Site:
-        prices = self._options.calibration.corrected(OF_CHANNELS + group.name, group.prices)
+        prices = self._options.calibration.weighed(OF_CHANNELS + group.name, group.prices)
         costs = np.stack([self._group_spent(group, unit) for unit in self._limits], 1)
         index = np.flatnonzero(self._above_floors(group))
         channels = Listing(prices[index], costs[index], index)
