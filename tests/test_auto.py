@@ -217,7 +217,7 @@ def test_what_cannot_be_held_out_is_refused_with_what_to_do() -> None:
     batches = [{"image": b, "shift": torch.zeros(len(b)).double()} for b in _batches()]
     with pytest.raises(ed.DataError, match="give at least 5 batches, or repair=False"):
         _compress(_Named().eval(), batches[:4])
-    with pytest.raises(ed.DataError, match="there is one example only"):
+    with pytest.raises(ed.DataError, match="batches of one example"):
         _compress(_model(), _inputs(1))
     result = _compress(_Named().eval(), batches[:4], repair=False, calibrate=False)
     assert result.report.truth is None

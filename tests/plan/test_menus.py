@@ -181,7 +181,6 @@ def test_no_method_of_channels_is_cheaper_where_groups_share_no_layer(apart: Pri
     assert cheaper == []
 
 
-@pytest.mark.xfail(strict=True, reason="a layer can be on the menu of one group only")
 def test_no_method_of_channels_is_cheaper_where_groups_share_layers(priced: Priced) -> None:
     assert priced.menus.groups.keys() < priced.menus.graph.groups.keys()
     compared, cheaper = _cheaper_than_auto(priced, "macs", (ChannelMethod,))
@@ -212,7 +211,7 @@ def test_several_budgets_all_hold_and_cost_more_than_each_alone(priced: Priced) 
     assert all(left[unit] <= limit for unit, limit in limits.items())
     for unit, limit in limits.items():
         alone = priced.plan(ed.Budget(**{unit: limit}))
-        assert together.price + together.gap >= (alone.price - alone.gap) * (1 - 1e-9)
+        assert together.price >= alone.price * (1 - 1e-9)
 
 
 class _MixedTypes(nn.Module):
@@ -441,39 +440,44 @@ def test_the_same_inputs_give_the_same_plan_whatever_was_planned_before(priced: 
     assert priced.plan(budget, menus=fresh) == priced.plan(budget) == priced.plan(budget)
 
 
-def _both_kinds(chain: Priced) -> ed.Plan:
+@pytest.fixture(scope="session")
+def one_group() -> Priced:
+    """A chain of which the middle stays: its first layer has no channels to lose, the last has."""
+    return _priced("vgg, flattened", APART["vgg, flattened"])
+
+
+def _both_kinds(priced: Priced) -> ed.Plan:
     """A plan with channels and with low rank."""
-    for fraction in FRACTIONS:
-        plan = chain.plan(ed.Budget(params=fraction), actions=("low-rank", "channels"))
-        kinds = {type(layer.action) for layer in plan.layers.values()}
-        if {LowRank, Channels} <= kinds:
-            return plan
-    raise AssertionError("no budget has both kinds")
+    plan = priced.plan(ed.Budget(macs=0.7, params=0.75), actions=("low-rank", "channels"))
+    assert {LowRank, Channels} <= {type(layer.action) for layer in plan.layers.values()}
+    return plan
 
 
-def test_a_plan_of_channels_and_low_rank_survives_the_disk(chain: Priced, tmp_path: Path) -> None:
-    plan = _both_kinds(chain)
+def test_a_plan_of_channels_and_low_rank_survives_the_disk(
+    one_group: Priced, tmp_path: Path
+) -> None:
+    plan = _both_kinds(one_group)
     plan.save(tmp_path / "plan.json")
     again = ed.Plan.load(tmp_path / "plan.json")
     assert again == plan
-    one, other = chain.built(plan).state_dict(), chain.built(again).state_dict()
+    one, other = one_group.built(plan).state_dict(), one_group.built(again).state_dict()
     assert all(torch.equal(value, other[key]) for key, value in one.items())
 
 
-def test_what_is_built_is_what_was_counted_and_the_model_is_as_it_was(chain: Priced) -> None:
-    plan = _both_kinds(chain)
-    model = copy.deepcopy(chain.model)
+def test_what_is_built_is_what_was_counted_and_the_model_is_as_it_was(one_group: Priced) -> None:
+    plan = _both_kinds(one_group)
+    model = copy.deepcopy(one_group.model)
     next(model.children()).train()
     before, modes = copy.deepcopy(model.state_dict()), [m.training for m in model.modules()]
     state = torch.get_rng_state()
-    small = ed.apply_plan(model, plan, chain.curvature)
+    small = ed.apply_plan(model, plan, one_group.curvature)
     assert torch.equal(torch.get_rng_state(), state)
     assert [m.training for m in model.modules()] == modes
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     mine, theirs = ({p.data_ptr() for p in m.parameters()} for m in (model, small))
     assert not mine & theirs
-    counted = ed.count(small.eval(), chain.x)
+    counted = ed.count(small.eval(), one_group.x)
     assert (counted.macs, counted.parameters) == (plan.macs[1], plan.parameters[1])
-    sizes = _sizes(small, chain.x)
-    assert counted.macs * len(chain.x) == sizes["macs"]
+    sizes = _sizes(small, one_group.x)
+    assert counted.macs * len(one_group.x) == sizes["macs"]
     assert plan.bytes[1] == sizes["bytes"]

@@ -154,7 +154,7 @@ def compress(
         rank_by=rank_by,
     )
     auto = isinstance(method_named(method), AutoMethod)
-    _check_steps(shots, rounds, auto)
+    _check_steps(shots, rounds, auto, budget)
     eval_data = list(eval_data) if isinstance(eval_data, Iterator) else eval_data
     ready = prepared(
         model,
@@ -245,12 +245,16 @@ def with_statistics_anew(built: Built, ready: Preparation) -> nn.Module | None:
     return again if norms else None
 
 
-def _check_steps(shots: int, rounds: int, auto: bool) -> None:
+def _check_steps(shots: int, rounds: int, auto: bool, budget: Budget) -> None:
     for what, value in (("shots", shots), ("rounds", rounds)):
         if value < 1:
             raise EigenDamageError(f"{what} is {value}; it must be at least 1")
     if shots > 1 and rounds > 1:
         raise EigenDamageError("give shots or rounds, not both")
+    if budget.loss is not None and max(shots, rounds) > 1:
+        raise EigenDamageError(
+            "a budget of loss is searched for in one shot; give shots or rounds with a size"
+        )
     if not auto and max(shots, rounds) > 1:
         raise EigenDamageError(
             "shots and rounds are for method='auto'; for other methods see compress_in_rounds"

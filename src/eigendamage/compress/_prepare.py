@@ -27,6 +27,7 @@ from eigendamage.errors import ChannelError, EigenDamageError, MismatchError
 from eigendamage.layers import ON_REQUEST, find_layers
 from eigendamage.measure import measure_latency_table
 from eigendamage.plan import (
+    ACTIONS,
     ActionKind,
     AutoMethod,
     Budget,
@@ -37,6 +38,10 @@ from eigendamage.plan import (
     wanted_actions,
 )
 
+_NOT_PREDICTIVE = (
+    "the loss is a function, which tells nothing without labels: prices are not calibrated, and "
+    "predictions are not held against a measured divergence"
+)
 _LATENCY_MULTIPLE = 8  # processors take no less time for ranks in between
 
 
@@ -187,8 +192,14 @@ def prepared(
     """
     if latency_batch < 1:
         raise EigenDamageError(f"latency_batch is {latency_batch}; it must be at least 1")
+    if refine < 0:
+        raise EigenDamageError(f"refine is {refine}; it must be at least 0")
     allowed = wanted_actions(actions)
     auto = isinstance(method_named(method), AutoMethod)
+    if not auto and (floors or multiple is not None or allowed != ACTIONS):
+        raise EigenDamageError(
+            f"floors, multiple and actions are for method='auto', not for '{method}'"
+        )
     predictive = isinstance(head_of(loss, reduction), PredictiveHead)
     repair = auto if repair is None else repair
     calibrate = (auto and predictive) if calibrate is None else calibrate
@@ -221,6 +232,7 @@ def prepared(
         timing=Timing(data, latency_batch),
         timed=timed,
         max_examples=max_examples,
+        notes=[] if predictive or not auto else [_NOT_PREDICTIVE],
     )
 
 

@@ -99,6 +99,14 @@ def _within_latency(
         asked = wanted if lowest < wanted < highest else (lowest + highest) / 2
         if highest - lowest < 0.01:
             break
+    if best is not None:
+        # The best of several noisy trials looks faster than it is: it is timed once more.
+        with settings.clock.stage("latency"):
+            cut = apply_plan(source.model, best[1], source.curvature)
+            again = latency(
+                [source.model, cut], timing.data, batch=timing.batch, rounds=2 * _LATENCY_ROUNDS
+            )
+        best = (*best[:2], again[1].median / again[0].median)
     if best is None:
         raise BudgetError(
             f"a budget of {budget} cannot be met: the fastest model that was built takes "

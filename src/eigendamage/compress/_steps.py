@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Literal
 
-import numpy as np
 from torch import nn
 
 from eigendamage.compress._split import Parts
@@ -16,7 +15,6 @@ from eigendamage.curvature import Curvature, Loss
 from eigendamage.errors import BudgetError
 from eigendamage.measure import calibrate, evaluate
 from eigendamage.plan import (
-    OF_CHANNELS,
     ActionKind,
     Budget,
     Calibration,
@@ -25,6 +23,8 @@ from eigendamage.plan import (
     LatencyTable,
     Menus,
     Plan,
+    calibrated_plan,
+    calibrated_price,
     make_plan,
 )
 from eigendamage.surgery import Repairs, apply_plan, repair_model
@@ -184,18 +184,42 @@ def planned(source: Source, budget: Budget, settings: Settings) -> tuple[Source,
         with settings.clock.stage("plan"):
             plan = settings.planning.plan(found, budget)
         after = _calibrated(found, [plan], settings)
-        if not _surprising(plan, after.calibration):
-            return after, plan
+        surprising = _surprising(plan, after.calibration)
         found = after
-    return found, plan
+        if not surprising:
+            break
+    return _rivalled(found, budget, plan, settings)
+
+
+def _rivalled(
+    source: Source, budget: Budget, plan: Plan, settings: Settings
+) -> tuple[Source, Plan]:
+    """The plan, or the one by bare prices without channels if it diverges less as surgery makes it.
+
+    Calibration measures changes alone and on few inputs; the whole, measured on the held-out part,
+    has the last word.
+    """
+    actions = _probing(settings.planning.actions)[0]
+    with settings.clock.stage("plan"):
+        try:
+            rival = settings.planning.plan(
+                replace(source, calibration=Calibration()), budget, actions=actions
+            )
+        except BudgetError:
+            return source, plan
+        models = [apply_plan(source.model, each, source.curvature) for each in (plan, rival)]
+        mine, its = (divergence(source.model, model, settings) for model in models)
+    if mine is None or its is None or mine <= its:
+        return source, plan
+    found = _calibrated(source, [rival], settings)
+    return found, calibrated_plan(rival, found.calibration)
 
 
 def _surprising(plan: Plan, calibration: Calibration) -> bool:
     """Whether a layer of the plan was measured to cost far more than it was chosen for."""
     for name, layer in plan.layers.items():
         if layer.price and layer.calibrated is not None:
-            key = OF_CHANNELS + name if isinstance(layer.action, Channels) else name
-            now = float(calibration.corrected(key, np.array([layer.price]))[0])
+            now = calibrated_price(calibration, name, layer)
             if now > _SURPRISE * layer.calibrated and now > _SHARE * (plan.calibrated or 0.0):
                 return True
     return False

@@ -28,7 +28,7 @@ def sweep(
     model: nn.Module,
     data: Data,
     *,
-    budgets: Sequence[Budget] = BUDGETS,
+    budgets: Sequence[Budget] | Budget = BUDGETS,
     measure: Sequence[Budget] | Literal["none", "all"] = "none",
     eval_data: Data | None = None,
     curvature: Curvature | None = None,
@@ -93,7 +93,7 @@ def sweep(
             among them.
         EigenDamageError: another of its subclasses, as `compress` says.
     """
-    budgets = tuple(budgets)
+    budgets = (budgets,) if isinstance(budgets, Budget) else tuple(budgets)
     to_measure = _to_measure(budgets, measure)
     check_options(
         budgets[0],

@@ -3,6 +3,7 @@
 from eigendamage.plan._blocks import FormChoice
 from eigendamage.plan._budget import Budget, Unit
 from eigendamage.plan._calibrate import OF_CHANNELS, Calibration, Point
+from eigendamage.plan._calibrated import calibrated_plan, calibrated_price
 from eigendamage.plan._channels import RankBy
 from eigendamage.plan._latency import LatencyTable
 from eigendamage.plan._make import check_options, make_plan
@@ -59,6 +60,8 @@ __all__ = [
     "Repair",
     "Unit",
     "WeightMethod",
+    "calibrated_plan",
+    "calibrated_price",
     "check_options",
     "make_menus",
     "make_plan",

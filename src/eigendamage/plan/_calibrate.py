@@ -65,15 +65,16 @@ class Calibration(Frozen):
         return found
 
     def weighed(self, name: str, prices: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Prices to choose by: corrected half-way, from the factor typical of the kind.
+        """Prices to choose by: those of a layer corrected half-way from the typical factor.
 
         A factor is measured on few inputs and at other prices than it is used for. Taken in full,
-        its errors move ranks between layers to where they do less.
+        its errors move ranks between layers to where they do less. Factors of channels differ so
+        much that they are taken in full.
         """
-        if not self.points:
-            return prices
-        typical = prices * self._typical(name)
-        return typical ** (1 - WEIGHT) * self.corrected(name, prices) ** WEIGHT
+        found = self.corrected(name, prices)
+        if not self.points or name.startswith(OF_CHANNELS):
+            return found
+        return (prices * self._typical(name)) ** (1 - WEIGHT) * found**WEIGHT
 
     def _typical(self, name: str) -> float:
         of_channels = name.startswith(OF_CHANNELS)
