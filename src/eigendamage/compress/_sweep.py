@@ -11,9 +11,10 @@ from torch import nn
 
 from eigendamage.batches import Data, device_of
 from eigendamage.compress._compress import with_statistics_anew
+from eigendamage.compress._planned import planned
 from eigendamage.compress._prepare import Preparation, prepared, require_loss
 from eigendamage.compress._search import smaller
-from eigendamage.compress._steps import Source, planned
+from eigendamage.compress._steps import Source
 from eigendamage.curvature import Curvature, Fisher, Loss
 from eigendamage.errors import BudgetError, EigenDamageError
 from eigendamage.measure import Evaluation, evaluate
