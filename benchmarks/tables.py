@@ -256,6 +256,32 @@ def resnet20_cifar10(results: Mapping[str, Any]) -> str:
     )
 
 
+def auto_cifar10(results: Mapping[str, Any]) -> str:
+    """Accuracy of `compress` as it comes, and what was predicted of it."""
+    rows: list[list[str]] = []
+    for row in results["rows"]:
+        calibrated, measured = row["calibrated"], row["held_out_repaired"]
+        rows.append(
+            [
+                f"{row['network']}, seed {row['seed']}",
+                percent(row["macs"]),
+                percent(row["base"]),
+                percent(row["cut"]),
+                percent(row["repaired"]),
+                short(row["quadratic"]),
+                short(row["held_out_cut"]),
+                short(row["priced"]),
+                short(calibrated),
+                short(measured),
+                f"{measured / calibrated:.2f} ×",
+                f"{row['seconds']:.0f}",
+            ]
+        )
+    header = ("network", "MACs left", "accuracy before", "right after", "repaired")
+    truth = ("quadratic", "measured right after", "priced", "calibrated", "measured repaired")
+    return table((*header, *truth, "to calibrated", "seconds"), rows)
+
+
 def compare(results: Mapping[str, Any]) -> str:
     """A table for each budget of a comparison: one row a method, best at the end first."""
     settings, parts = results["settings"], []
@@ -358,6 +384,7 @@ TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "calibration": ("demo.json", calibration),
     "curvature-cost": ("curvature_cost.json", curvature_cost),
     "resnet20-cifar10": ("resnet20_cifar10.json", resnet20_cifar10),
+    "auto-cifar10": ("auto_cifar10.json", auto_cifar10),
     "compare": ("compare.json", compare),
 }
 """The result file and the renderer of each table; ``demo-picture`` is the one more there is."""

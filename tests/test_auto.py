@@ -113,7 +113,6 @@ def test_the_truth_is_what_is_measured_on_the_part_held_out(calibrated: ed.Compr
     assert truth.measured == pytest.approx(_kl(model, calibrated.model, held_out), rel=1e-9)
     assert truth.priced == pytest.approx(plan.price)
     assert truth.calibrated == pytest.approx(plan.calibrated)
-    assert truth.calibrated is not None
     assert calibrated.report.predicted == plan.price
     assert truth.layers.keys() == {n for n in plan.changed if plan.layers[n].price}
     assert any(layer.measured is not None for layer in truth.layers.values())

@@ -174,7 +174,9 @@ class Market:
         for at, form in enumerate(FORMS):
             which = o.form == at
             which[0] = False
-            if which.any():
+            if menu.shape.offsets == 1 and form != "merge_in":
+                found[which] = np.inf  # not timed, and not taken; see _listing
+            elif which.any():
                 ranks = o.rank_out[which], o.rank_in[which]
                 found[which] = self._table.milliseconds_at(menu.name, form, *ranks)
         return found
