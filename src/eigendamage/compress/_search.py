@@ -96,7 +96,9 @@ def _within_latency(
                 break
         else:
             highest = min(highest, asked)
-        wanted = asked * (0.5 * (1 + _LATENCY_BELOW) * goal) / found
+        # Exact where time is a fixed part and one in proportion to what was asked for.
+        middle = 0.5 * (1 + _LATENCY_BELOW) * goal
+        wanted = asked - (found - middle) * (1 - asked) / max(1 - found, 1e-9)
         asked = wanted if lowest < wanted < highest else (lowest + highest) / 2
         if highest - lowest < 0.01:
             break

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from eigendamage.errors import BudgetError, NothingToCompressError
-from eigendamage.layers import Cost, Layer
+from eigendamage.layers import ON_REQUEST, Cost, Layer
 from eigendamage.plan._calibrate import OF_CHANNELS
 from eigendamage.plan._channels import channel_actions, plan_channels
 from eigendamage.plan._market import AutoOptions, Basket, Market
@@ -18,6 +18,10 @@ from eigendamage.plan._methods import READERS_REPAIRED
 from eigendamage.plan._plan import Action, CarrierPlan, Channels, Keep
 from eigendamage.plan._task import Result, Task
 
+_ALL_TOGETHER = (
+    "groups of channels that meet in layers, removed all together by one threshold, were cheaper "
+    "than the best allocation of the menus; its gap says nothing here"
+)
 _ROUNDS = 3  # of refining what was chosen and choosing again
 
 
@@ -63,8 +67,14 @@ def _chained(task: Task, menus: Menus, options: AutoOptions, found: Result) -> R
         or len(graph.groups) == len(menus.groups)
     ):
         return None
+    same = replace(
+        task,
+        damping=menus.damping,
+        max_ratio=menus.max_ratio,
+        ignored={name: why for name, why in menus.kept.items() if why.startswith(ON_REQUEST)},
+    )
     try:
-        other = plan_channels(task, READERS_REPAIRED, unit, torch.Generator())
+        other = plan_channels(same, READERS_REPAIRED, unit, torch.Generator())
     except (BudgetError, NothingToCompressError):
         return None
     weighed = options.calibration.weighed
@@ -76,7 +86,21 @@ def _chained(task: Task, menus: Menus, options: AutoOptions, found: Result) -> R
             if price
         )
 
-    return other if total(other) < total(found) else None
+    if total(other) >= total(found):
+        return None
+    calibrated = {
+        name: float(
+            options.calibration.corrected(_calibrated_as(name, other), np.array([price]))[0]
+        )
+        for name, price in other.prices.items()
+        if price
+    }
+    return replace(
+        other,
+        ratio=None,
+        calibrated=calibrated if options.calibration.points else {},
+        notes=(*menus.notes, _ALL_TOGETHER),
+    )
 
 
 def _calibrated_as(name: str, result: Result) -> str:
