@@ -24,7 +24,15 @@ from eigendamage.errors import (
 )
 from eigendamage.layers import FactoredConv2d, FactoredLinear, LayerShape, find_layers
 from eigendamage.layers import trace as traced
-from eigendamage.measure import Latency, _latency, latency, measure_latency_table, time_together
+from eigendamage.measure import (
+    Latency,
+    _latency,
+    _latency_cache,
+    _timing,
+    latency,
+    measure_latency_table,
+    time_together,
+)
 from eigendamage.plan import LatencyTable
 from eigendamage.plan._latency import (
     Conditions,
@@ -587,6 +595,6 @@ def test_slow_groups_get_fewer_rounds_but_five() -> None:
         time.sleep(0.002)
 
     for budget, expected in ((1e-4, 5), (60.0, 9)):
-        samples = _latency._samples([sleep], CPU, 9, max_seconds=budget)
+        samples = _timing.samples_of([sleep], CPU, 9, max_seconds=budget)
         assert samples.shape == (expected, 1)
-    assert _latency._samples([sleep], CPU, 3, max_seconds=1e-4).shape == (3, 1)
+    assert _timing.samples_of([sleep], CPU, 3, max_seconds=1e-4).shape == (3, 1)

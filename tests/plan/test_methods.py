@@ -30,7 +30,7 @@ from tests.random_networks import Block, RandomNetwork
 ALL = ("patches", "gradients", "channels")
 MASKS = tuple(name for name, method in METHODS.items() if isinstance(method, WeightMethod))
 WITHOUT = (("auto", "channels"),)  # it does without them, and says so
-NO_RISE = ("taylor", "slimming", "magnitude", "random")
+NO_RISE = ("c-obs", "taylor", "slimming", "magnitude", "random")
 WAYS = tuple(
     (name, variant)
     for name, method in METHODS.items()
@@ -462,7 +462,7 @@ def _official_prices(model: nn.Module, curvature: ed.Curvature) -> list[Tensor]:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"method": "random", "form": "three"}, "factors no layer"),
+        ({"method": "random", "form": "three"}, "is for eigendamage"),
         ({"method": "eigendamage", "rank_by": "price"}, "methods that remove channels"),
         ({"method": "random", "rank_by": "price_per_cost"}, "rank_by='price_per_cost' needs"),
     ],
