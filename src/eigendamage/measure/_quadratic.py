@@ -27,6 +27,10 @@ from eigendamage.measure._change import (
 from eigendamage.progress import track
 
 
+class _TangentLostError(RuntimeError):
+    """Forward-mode differentiation is switched off where a changed layer runs."""
+
+
 def joint_quadratic(
     model: nn.Module,
     changes: Mapping[str, Change],
@@ -122,7 +126,7 @@ def _joined(
     joined = output + forward_ad.make_dual(torch.zeros_like(step), step)
     if forward_ad.unpack_dual(joined).tangent is None:
         # Reentrant checkpoints and inference mode drop tangents without a word.
-        raise NotImplementedError(f"forward AD is switched off where '{layer.name}' runs")
+        raise _TangentLostError(layer.name)
     return joined
 
 

@@ -178,7 +178,7 @@ def kept_counts(
     """How many `kept_above` keeps of one side at each of several thresholds."""
     count = len(price)
     ordered = price.sort().values
-    kept = count - torch.searchsorted(ordered, thresholds, right=True)
+    kept = count - torch.searchsorted(ordered, thresholds.contiguous(), right=True)
     own = ordered[min(int(max_ratio * count), count - 1)]
     fewest = count - int(torch.searchsorted(ordered, own, right=True))
     limited = torch.where((count - kept).double() / count > max_ratio, fewest, kept)
