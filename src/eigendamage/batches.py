@@ -288,6 +288,22 @@ def call(model: nn.Module, batch: Batch) -> Any:
     return model(*batch.args, **batch.kwargs)
 
 
+def first_call(model: nn.Module, batch: Batch) -> Any:
+    """The model's raw output on a batch that it may not fit.
+
+    Raises:
+        DataError: if the model cannot run on it.
+    """
+    try:
+        return call(model, batch)
+    except (RuntimeError, TypeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(
+            f"the model cannot run on inputs of shape {batch.shapes()}: {reason}. Give batches of "
+            f"the form that the model takes"
+        ) from error
+
+
 def logits_of(output: Any) -> Tensor:
     """The tensor that the loss is taken of: the output, its ``.logits``, or its first item.
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from eigendamage.compress._split import Parts
 from eigendamage.curvature import Curvature, Loss
-from eigendamage.layers import ON_REQUEST
+from eigendamage.layers import ON_REQUEST, copy_model
 from eigendamage.measure import evaluate
 from eigendamage.plan import (
     ActionKind,
@@ -163,7 +163,7 @@ def built(original: nn.Module, source: Source, plan: Plan, settings: Settings) -
     if not settings.repair or settings.parts is None or not plan.changed:
         return Built(source, plan, cut, cut, None, outputs)
     with settings.clock.stage("repair"):
-        model = apply_plan(source.model, plan, source.curvature)
+        model = copy_model(cut)
         repairs = repair_model(
             model,
             original,

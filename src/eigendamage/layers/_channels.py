@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd  # pyright: ignore[reportPrivateUsage]
 from torch.nn.utils import parametrize
 
-from eigendamage.batches import Batch, call, output_tensors
-from eigendamage.errors import ChannelError, DataError
+from eigendamage.batches import Batch, first_call, output_tensors
+from eigendamage.errors import ChannelError
 from eigendamage.layers._channel_graph import Carrier, ChannelGraph, ChannelGroup, Member
 from eigendamage.layers._copy import copy_model
 from eigendamage.layers._dependencies import Coupling, Place, find_couplings
@@ -118,13 +118,7 @@ def _numbers_an_example(base: nn.Module, batch: Batch) -> dict[str, float]:
     handles = [m.register_forward_hook(watch(path)) for path, m in base.named_modules()]
     try:
         with torch.no_grad():
-            output_tensors(call(base, batch))
-    except (RuntimeError, TypeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(
-            f"the model cannot run on inputs of shape {batch.shapes()}: {reason}. Give batches of "
-            f"the form that the model takes"
-        ) from error
+            output_tensors(first_call(base, batch))
     finally:
         for handle in handles:
             handle.remove()

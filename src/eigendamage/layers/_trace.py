@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from eigendamage.batches import Batch, call, output_tensors
-from eigendamage.errors import DataError, ShapeError
+from eigendamage.batches import Batch, first_call, output_tensors
+from eigendamage.errors import ShapeError
 from eigendamage.layers._cost import LayerShape
 from eigendamage.layers._find import Layer
 
@@ -149,7 +149,7 @@ def trace(
         ):
             # Reentrant checkpoints warn of what is meant here: no gradients.
             warnings.filterwarnings("ignore", message="None of the inputs have requires_grad")
-            outputs = starts(_first_call(model, few))
+            outputs = starts(first_call(model, few))
     finally:
         for handle in handles:
             handle.remove()
@@ -164,17 +164,6 @@ def trace(
         name for name, mine in returned.items() if any(_same_storage(mine, out) for out in outputs)
     )
     return Trace(found, last, counter.get_total_flops() / 2 / few.size)
-
-
-def _first_call(model: nn.Module, batch: Batch) -> Any:
-    try:
-        return call(model, batch)
-    except (RuntimeError, TypeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(
-            f"the model cannot run on inputs of shape {batch.shapes()}: {reason}. Give batches of "
-            f"the form that the model takes"
-        ) from error
 
 
 def _same_storage(a: Tensor, b: Tensor) -> bool:

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor, nn
 
-from eigendamage.batches import Batch, Batches, Data, call, device_of
+from eigendamage.batches import Batch, Batches, Data, call, device_of, first_call
 from eigendamage.errors import DataError, EigenDamageError
 from eigendamage.layers import evaluating, preserved_random_state
 
@@ -181,16 +181,8 @@ def examples_of(data: Data, count: int, device: torch.device) -> Batch:
 
 def checked_call(model: nn.Module, batch: Batch) -> Call:
     """The call of a model that has been seen to run."""
-    run = partial(call, model, batch)
-    try:
-        run()
-    except (RuntimeError, TypeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(
-            f"the model cannot run on inputs of shape {batch.shapes()}: {reason}. Give batches of "
-            f"the form that the model takes"
-        ) from error
-    return run
+    first_call(model, batch)
+    return partial(call, model, batch)
 
 
 def at_least_one(what: str, value: int) -> None:
