@@ -17,6 +17,7 @@ from eigendamage.layers._slicing import (
     slice_channels,
     zero_inputs,
 )
+from eigendamage.layers._sums import Port, Sum, find_sums
 from eigendamage.layers._trace import LayerTrace, Trace, evaluating, preserved_random_state, trace
 
 __all__ = [
@@ -37,7 +38,9 @@ __all__ = [
     "LayerTrace",
     "Layers",
     "Member",
+    "Port",
     "Sides",
+    "Sum",
     "Trace",
     "balance",
     "channels_of",
@@ -45,6 +48,7 @@ __all__ = [
     "evaluating",
     "find_channels",
     "find_layers",
+    "find_sums",
     "kept_indices",
     "preserved_random_state",
     "remove_units",

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from eigendamage.batches import Batch, call, device_of
-from eigendamage.errors import LayerError
 from eigendamage.layers import LayerTrace, Trace, evaluating, preserved_random_state
+from eigendamage.surgery._passes import Passed, Run, Twins, end_all, keep, until, wait, watched
 
 # What a thread of its own costs each network for each batch: its stack and torch's workspaces.
 _THREAD_BYTES = 8 * 2**20
@@ -29,11 +27,21 @@ class Pair(NamedTuple):
         part: which part of the data the batch belongs to.
         x: the input of the student's layer.
         y: the output of the teacher's layer.
+        others: what else goes into the sum that the layer's output goes into, in the student and
+            in the teacher; None where that is not known.
     """
 
     part: int
     x: Tensor
     y: Tensor
+    others: tuple[Tensor, Tensor] | None = None
+
+    @classmethod
+    def of(cls, part: int, student: Passed, teacher: Passed) -> Pair:
+        """What both networks showed."""
+        if student.other is None or teacher.other is None:
+            return cls(part, student.tensor, teacher.tensor)
+        return cls(part, student.tensor, teacher.tensor, (student.other, teacher.other))
 
 
 Steps = Generator[tuple[str, Iterator[Pair]]]
@@ -42,29 +50,6 @@ Steps = Generator[tuple[str, Iterator[Pair]]]
 A layer's pairs are to be used one at a time: tensors may be overwritten once the next is asked for.
 When the next layer is asked for, the student goes on with the weights that it has then.
 """
-
-
-@dataclass(frozen=True, eq=False)
-class Twins:
-    """Two networks with layers of the same names, and the data that both are run on.
-
-    Attributes:
-        student: the network whose layers' inputs are looked at. It may be changed meanwhile.
-        teacher: the network whose layers' outputs are looked at.
-        layers: dotted paths of layers that run once in both, in the order in which they do.
-        parts: the data in parts, each of which can be gone through several times.
-    """
-
-    student: nn.Module
-    teacher: nn.Module
-    layers: Sequence[str]
-    parts: Sequence[Iterable[Batch]]
-
-    def batches(self) -> Iterator[tuple[int, Batch]]:
-        """All batches, each with the number of its part."""
-        for part, batches in enumerate(self.parts):
-            for batch in batches:
-                yield part, batch
 
 
 def lockstep(twins: Twins, traces: Sequence[Trace], max_memory: int) -> Steps:
@@ -114,20 +99,20 @@ def together(twins: Twins) -> Steps:
     Only one thread runs at a time. All batches' live activations are in memory.
     """
     same = _surroundings(device_of(twins.teacher))
-    runs: list[tuple[int, _Run, _Run]] = []
-    with _hooks(twins, twins.layers, _wait):
+    runs: list[tuple[int, Run, Run]] = []
+    with watched(twins, twins.layers, keep, wait):
         try:
             for part, batch in twins.batches():
-                student = _Run(_forward(twins.student, batch, same))
-                teacher = _Run(_forward(twins.teacher, batch, same))
+                student = Run(_forward(twins.student, batch, same))
+                teacher = Run(_forward(twins.teacher, batch, same))
                 runs.append((part, student, teacher))
             for name in twins.layers:
-                pairs = (Pair(part, s.to(name), t.to(name)) for part, s, t in runs)
+                pairs = (Pair.of(part, s.to(name), t.to(name)) for part, s, t in runs)
                 yield name, pairs
                 for _ in pairs:  # those that were not asked for have to get there as well
                     pass
         finally:
-            _end([run for _, *both in runs for run in both])
+            end_all([run for _, *both in runs for run in both])
 
 
 def anew(twins: Twins) -> Steps:
@@ -141,9 +126,9 @@ def _pairs_anew(
     twins: Twins, name: str, same: Callable[[], AbstractContextManager[None]]
 ) -> Iterator[Pair]:
     for part, batch in twins.batches():
-        x = _until(twins, name, _forward(twins.student, batch, same))
-        y = _until(twins, name, _forward(twins.teacher, batch, same))
-        yield Pair(part, x, y)
+        student = until(twins, name, _forward(twins.student, batch, same))
+        teacher = until(twins, name, _forward(twins.teacher, batch, same))
+        yield Pair.of(part, student, teacher)
 
 
 def _forward(
@@ -170,149 +155,3 @@ def _surroundings(device: torch.device) -> Callable[[], AbstractContextManager[N
             yield
 
     return same
-
-
-@contextmanager
-def _hooks(
-    twins: Twins, names: Iterable[str], arrived: Callable[[str, Tensor], None]
-) -> Generator[None]:
-    """Have told what the student's layers are about to read and what the teacher's returned."""
-
-    def before(name: str) -> Any:
-        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            arrived(name, args[0] if args else kwargs["input"])
-
-        return hook
-
-    def after(name: str) -> Any:
-        def hook(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
-            arrived(name, output)
-
-        return hook
-
-    handles: list[Any] = []
-    try:
-        for name in names:
-            student, teacher = twins.student.get_submodule(name), twins.teacher.get_submodule(name)
-            handles.append(student.register_forward_pre_hook(before(name), with_kwargs=True))
-            handles.append(teacher.register_forward_hook(after(name)))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-class _Ended(BaseException):
-    """Ends a forward pass that is not needed any more, past any ``except Exception``."""
-
-
-class _Arrived(BaseException):
-    """Carries a tensor out of a forward pass, and ends it."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        super().__init__()
-        self.tensor = tensor
-
-
-def _stop(_name: str, tensor: Tensor) -> None:
-    raise _Arrived(tensor)
-
-
-def _until(twins: Twins, name: str, forward: Callable[[], None]) -> Tensor:
-    """What the layer reads or returns in a forward pass, which ends there."""
-    try:
-        with _hooks(twins, [name], _stop):
-            forward()
-    except _Arrived as arrived:
-        return arrived.tensor
-    raise _missing(name)
-
-
-def _missing(name: str) -> LayerError:
-    return LayerError(
-        name,
-        "it did not run on some batch, though it did on the first; which layers run must be the "
-        "same for all inputs. Leave it out of layers=",
-    )
-
-
-def _wait(name: str, tensor: Tensor) -> None:
-    thread = threading.current_thread()
-    if isinstance(thread, _Run):  # not the caller's own use of the networks meanwhile
-        thread.pause(name, tensor)
-
-
-class _Run(threading.Thread):
-    """A forward pass that stands still at every layer until it is told to go on."""
-
-    def __init__(self, forward: Callable[[], None]) -> None:
-        super().__init__(daemon=True)
-        self._forward = forward
-        self._go = threading.Semaphore(0)
-        self._still = threading.Semaphore(0)
-        self._at: tuple[str, Tensor] | None = None
-        self._error: BaseException | None = None
-        self._unwanted = False
-        self._over = False
-
-    def run(self) -> None:
-        """Run the forward pass, from the first time that it is told to go on."""
-        try:
-            self._resume_later()
-            self._forward()
-        except _Ended:
-            pass
-        except BaseException as error:  # noqa: BLE001 - `to` raises it where it can be caught
-            self._error = error
-        self._over = True
-        self._still.release()
-
-    def pause(self, name: str, tensor: Tensor) -> None:
-        """In the thread: hand over a tensor and stand still."""
-        self._at = (name, tensor)
-        self._still.release()
-        self._resume_later()
-
-    def _resume_later(self) -> None:
-        self._go.acquire()
-        self._at = None
-        if self._unwanted:
-            raise _Ended
-
-    def to(self, name: str) -> Tensor:
-        """From outside: go on to the next layer, and what it reads or returned there.
-
-        Raises:
-            LayerError: if that is not the layer of that name.
-        """
-        if self.ident is None:
-            self.start()
-        if not self._over:
-            self._go.release()
-            self._still.acquire()
-        if self._error is not None:
-            raise self._error
-        if self._at is None:
-            raise _missing(name)
-        found, tensor = self._at
-        if found != name:
-            raise LayerError(
-                found,
-                f"it ran where layer '{name}' was expected; layers must run once, in the same "
-                f"order in both networks and on all batches. Leave it out of layers=",
-            )
-        return tensor
-
-    def let_go(self) -> None:
-        """From outside: end the pass at its next layer, if it gets there."""
-        self._unwanted = True
-        self._go.release()
-
-
-def _end(runs: Sequence[_Run]) -> None:
-    """End all passes that began, and wait for it."""
-    begun = [run for run in runs if run.ident is not None]
-    for run in begun:
-        run.let_go()
-    for run in begun:
-        run.join()

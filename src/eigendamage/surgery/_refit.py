@@ -18,6 +18,8 @@ from eigendamage.surgery._regression import Fit, Moments, error, layer_moments, 
 
 # Sums of products err by about this many units in the last place of what was summed.
 _ROUNDING_UNITS = 8
+# Of the largest scale of a batch norm: weights that make up for errors behind less would explode.
+_VISIBLE = 1e-2
 FIT, HELD_OUT = 0, 1
 """Which part of the data a batch is of."""
 
@@ -26,8 +28,9 @@ FIT, HELD_OUT = 0, 1
 class LayerRepair:
     """What the refit of one layer did, on held-out inputs.
 
-    The error is E (y − ŷ)ᵀ S (y − ŷ) over examples and positions, with y the original's output and
-    ŷ the smaller network's, relative to the spread of y, tr S cov(y); S is the identity if unknown.
+    The error is E (y − ŷ)ᵀ S (y − ŷ) over examples and positions, with y what the layer should
+    return, the original's output and what is missing elsewhere in the sum that it goes into, and ŷ
+    what it returns, relative to the spread of y, tr S cov(y); S is the identity if unknown.
 
     Attributes:
         before: the error with the weights as they were, and all layers before repaired.
@@ -60,6 +63,8 @@ class Refit:
             most one.
         kept: indices of the original's outputs that it still has; None for all.
         S: the metric of those outputs; None for the identity.
+        unscaled: (o,), what turns a change of the sum that the outputs go into to one of the
+            outputs; None where they go into none.
     """
 
     name: str
@@ -67,6 +72,7 @@ class Refit:
     start: int
     kept: Int[Tensor, " o"] | None
     S: Float[Tensor, "o o"] | None
+    unscaled: Float[Tensor, " o"] | None
 
     @property
     def geometry(self) -> ConvGeometry | None:
@@ -106,11 +112,24 @@ class Refit:
         x = pair.x
         for stage in self.stages[: self.start]:
             x = stage(x)
-        x, y = (v if v.dtype == torch.float64 else v.float() for v in (x, pair.y))
-        x, y = (x, y.flatten(2)) if self.geometry is not None else (_tokens(x), _tokens(y))
-        y = y if self.kept is None else y.index_select(1, self.kept)
+        x = _wide(x) if self.geometry is not None else self._rows(x)
+        y = self._left(pair.y)
+        if pair.others is not None and self.unscaled is not None:
+            mine, theirs = self._rows(pair.others[0]), self._left(pair.others[1])
+            y = y + self.unscaled.to(y)[:, None] * (theirs - mine)
         at = draws.draw(self.name, len(y), y.shape[2])
         return layer_moments(x, y, self.geometry, at, name=self.name)
+
+    def _rows(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "n c t"]:
+        return _wide(x).flatten(2) if self.geometry is not None else _tokens(_wide(x))
+
+    def _left(self, y: Float[Tensor, "*shape"]) -> Float[Tensor, "n o t"]:
+        """Of the original's channels those that are left."""
+        return self._rows(y) if self.kept is None else self._rows(y).index_select(1, self.kept)
+
+
+def _wide(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def _tokens(x: Float[Tensor, "*lead c"]) -> Float[Tensor, "n c t"]:
@@ -120,9 +139,22 @@ def _tokens(x: Float[Tensor, "*lead c"]) -> Float[Tensor, "n c t"]:
 
 
 def refit_of(
-    layer: Layer, source: Layer, kept: Sequence[int] | None, curvature: Curvature | None
+    layer: Layer,
+    source: Layer,
+    kept: Sequence[int] | None,
+    curvature: Curvature | None,
+    scale: Float[Tensor, " o"] | None,
 ) -> Refit:
-    """Check that a layer's outputs are the original's, and find what of it is refitted."""
+    """Check that a layer's outputs are the original's, and find what of it is refitted.
+
+    Args:
+        layer: of the small network.
+        source: the original's.
+        kept: indices of the original's outputs that are left; None for all.
+        curvature: of the original, for S.
+        scale: what the original's outputs are multiplied by on their way into a sum; None if they
+            go into none.
+    """
     name, device = layer.name, layer.dense_weight().device
     left = range(source.outputs) if kept is None else kept
     if len(left) != layer.outputs or not set(left) <= set(range(source.outputs)):
@@ -137,7 +169,16 @@ def refit_of(
     geometry = ConvGeometry.of(last) if isinstance(last, nn.Conv2d) else None
     mixes = geometry is None or (geometry.is_pointwise and geometry.stride == (1, 1))
     start = max(0, len(stages) - (2 if mixes else 1))
-    return Refit(name, stages, start, index, _metric(source, index, curvature))
+    unscaled = None if scale is None else _inverse(scale)
+    if unscaled is not None and index is not None:
+        unscaled = unscaled[index]
+    return Refit(name, stages, start, index, _metric(source, index, curvature), unscaled)
+
+
+def _inverse(scale: Float[Tensor, " o"]) -> Float[Tensor, " o"]:
+    """One over each channel's scale, and zero for channels that hardly get through."""
+    visible = scale.abs() > _VISIBLE * scale.abs().max()
+    return torch.where(visible, 1 / scale, torch.zeros_like(scale))
 
 
 def _metric(

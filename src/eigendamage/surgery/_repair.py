@@ -7,6 +7,7 @@ from contextlib import closing
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from eigendamage.batches import Batch
@@ -14,13 +15,16 @@ from eigendamage.curvature import Curvature, PositionDraws
 from eigendamage.errors import DataError, EigenDamageError, MismatchError
 from eigendamage.layers import (
     Layer,
+    Sum,
     Trace,
     find_layers,
+    find_sums,
     preserved_random_state,
     trace,
 )
 from eigendamage.progress import track
-from eigendamage.surgery._lockstep import Twins, lockstep
+from eigendamage.surgery._lockstep import lockstep
+from eigendamage.surgery._passes import Twins
 from eigendamage.surgery._refit import LayerRepair, refit_of, refitted, stages_of
 
 
@@ -66,7 +70,9 @@ def repair_model(
     In the order in which they run, each layer becomes the least-squares solution from what the
     network, repaired up to there, feeds it to what the original's layer returned (response
     reconstruction, Zhang et al. 2015); factored layers by reduced-rank regression in the metric S,
-    all their stages but a first 1×1, which stays. A refit is kept only if the error on held-out
+    all their stages but a first 1×1, which stays. A layer whose output goes into a sum, as at the
+    end of a residual block, also makes up for what the other summand has lost by then (He et al.
+    2017, section 3.3). A refit is kept only if the error on held-out
     inputs falls. No labels and no gradients are needed. Batch norms keep their statistics. If
     anything fails, all weights are as they were.
 
@@ -106,8 +112,14 @@ def repair_model(
     traces = {"small network": of_small, "original": of_original}
     skipped |= _not_once(found, traces)
     names = [name for name in of_small.layers if name not in skipped]
-    tasks = {name: refit_of(*found[name], outputs.get(name), curvature) for name in names}
-    twins = Twins(small, original, names, parts)
+    sums = find_sums(original, names, first)
+    tasks = {
+        name: refit_of(
+            *found[name], outputs.get(name), curvature, _scale(original, found[name][1], sums)
+        )
+        for name in names
+    }
+    twins = Twins(small, original, names, parts, sums)
     draws = PositionDraws(positions, seed)
     done: dict[str, LayerRepair] = {}
     before = [(p, p.detach().clone()) for t in tasks.values() for p in t.parameters()]
@@ -149,6 +161,24 @@ def _selected(
         else:
             found[name] = (layer, source)
     return found, skipped
+
+
+def _scale(
+    original: nn.Module, layer: Layer, sums: Mapping[str, Sum]
+) -> Float[Tensor, " o"] | None:
+    """What a layer's outputs are multiplied by on their way into a sum; None if there is none."""
+    if layer.name not in sums:
+        return None
+    norm = sums[layer.name].norm
+    weight = layer.dense_weight()
+    scale = torch.ones(layer.outputs, dtype=torch.float64, device=weight.device)
+    if norm is None:
+        return scale
+    module = original.get_submodule(norm)
+    assert isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d)
+    assert module.running_var is not None
+    scale = scale / (module.running_var.double() + module.eps).sqrt()
+    return scale if module.affine is False else scale * module.weight.detach().double()
 
 
 def _first_batch(data: Iterable[Batch], held_out: Iterable[Batch]) -> Batch:

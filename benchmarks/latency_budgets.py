@@ -1,0 +1,94 @@
+"""Budgets of latency: what was asked for, and what the result takes when it is timed again.
+
+Random weights and random inputs, as times do not depend on them. The result of `compress` is timed
+whole beside the original, after and apart from the search that made it. Where a budget cannot be
+met the row holds the error. Run on a machine that does nothing else
+
+    python benchmarks/latency_budgets.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import eigendamage as ed
+from eigendamage import zoo
+from eigendamage.files import written_beside
+
+IMAGES, PART = 48, 8
+CASES = (("wide_resnet32", 1), ("wide_resnet32", 16), ("resnet20", 1), ("resnet20", 16))
+BUDGETS = (0.7, 0.5)
+
+
+def one_row(name: str, batch: int, budget: float) -> dict[str, Any]:
+    torch.manual_seed(0)
+    model = zoo.get(name)().eval()
+    data = torch.randn(IMAGES, 3, 32, 32).split(PART)
+    row: dict[str, Any] = {"network": name, "batch": batch, "budget": budget}
+    start = time.perf_counter()
+    try:
+        result = ed.compress(
+            model,
+            data,
+            budget=ed.Budget(latency=budget),
+            latency_batch=batch,
+            progress=False,
+        )
+    except ed.BudgetError as error:
+        return {**row, "seconds": round(time.perf_counter() - start, 1), "error": str(error)}
+    seconds = time.perf_counter() - start
+    before, after = ed.latency([model, result.model], data, batch=batch, rounds=61)
+    actions = [layer.action.kind for layer in result.plan.layers.values()]
+    return {
+        **row,
+        "seconds": round(seconds, 1),
+        "reported": result.report.latency,
+        "measured": after.median / before.median,
+        "spread": after.spread / before.median,
+        "milliseconds": [before.median, after.median],
+        "macs": result.plan.left("macs"),
+        "low_rank": actions.count("lowrank"),
+        "channels": actions.count("channels"),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    here = Path(__file__).parent / "results" / "latency_budgets.json"
+    parser.add_argument("--out", type=Path, default=here)
+    arguments = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    for name, batch in CASES:
+        for budget in BUDGETS:
+            rows.append(one_row(name, batch, budget))
+            print(rows[-1], flush=True)
+    result = {
+        "command": "python benchmarks/latency_budgets.py",
+        "machine": {
+            "system": platform.machine(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+        },
+        "seed": 0,
+        "versions": {
+            "torch": torch.__version__,
+            "python": sys.version.split()[0],
+            "eigendamage": ed.__version__,
+        },
+        "rows": rows,
+    }
+    with written_beside(arguments.out) as beside:
+        beside.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
