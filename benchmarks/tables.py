@@ -1,15 +1,13 @@
-"""Rewrite the tables in README.md and docs/ from benchmarks/results, and draw the demo's picture.
+"""Rewrite the tables in README.md and docs/ from benchmarks/results, and draw the pictures.
 
 Run ``python benchmarks/tables.py`` after a benchmark has written its result. A table stands between
 ``<!-- table:NAME -->`` and ``<!-- /table -->``. With ``--check`` nothing is written, and the exit
-code is 1 if a page or the picture is not what the results say.
+code is 1 if a page or a picture is not what the results say.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import math
 import re
 import statistics
@@ -18,9 +16,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pictures import MISSING, PICTURES, demo_reports, load
+
 ROOT = Path(__file__).resolve().parents[1]
-PICTURE = Path("docs/images/demo.svg")
-MISSING = "*Not measured yet.*"
 LAYERS_OF = "macs 0.5"
 _OPENING = "<!-- table:"
 _MARKED = re.compile(r"(<!-- table:([\w-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
@@ -43,10 +41,6 @@ def short(value: float | None) -> str:
 def rise(measured: Mapping[str, float] | None, original: Mapping[str, float]) -> float | None:
     """By how much the mean loss rose."""
     return None if measured is None else measured["loss"] - original["loss"]
-
-
-WAYS = {"auto": "`auto`", "eigendamage": "paper"}
-"""The methods of the demo, and what they are called in its tables."""
 
 
 def demo(results: Mapping[str, Any]) -> str:
@@ -80,13 +74,6 @@ def demo(results: Mapping[str, Any]) -> str:
         f"repair; instead batch norm's statistics are measured again. Divergence and rise of the "
         f"loss, in nats, are those of the model in the column *repaired*. {demo_source(results)}"
     )
-
-
-def demo_reports(results: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], str]]:
-    """The report of every budget and method, and the method's name in the tables."""
-    for entry in results["budgets"]:
-        for method, way in WAYS.items():
-            yield entry[method]["report"], way
 
 
 def demo_source(results: Mapping[str, Any]) -> str:
@@ -387,7 +374,7 @@ TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "auto-cifar10": ("auto_cifar10.json", auto_cifar10),
     "compare": ("compare.json", compare),
 }
-"""The result file and the renderer of each table; ``demo-picture`` is the one more there is."""
+"""The result file and the renderer of each table."""
 
 
 def filled(page: Path, root: Path) -> str:
@@ -395,14 +382,15 @@ def filled(page: Path, root: Path) -> str:
 
     def fill(match: re.Match[str]) -> str:
         opening, name, closing = match.groups()
-        if name == "demo-picture":
-            body = picture_link(page, root)
+        if name in PICTURES:
+            body = PICTURES[name].link(page, root)
         elif name in TABLES:
             file, render = TABLES[name]
             results = load(root, file)
             body = MISSING if results is None else render(results)
         else:
-            raise SystemExit(f"{page}: there is no table '{name}'; known are {', '.join(TABLES)}")
+            known = ", ".join((*TABLES, *PICTURES))
+            raise SystemExit(f"{page}: there is no table '{name}'; known are {known}")
         return f"{opening}\n{body}\n\n{closing}"
 
     text = page.read_text(encoding="utf-8")
@@ -411,142 +399,22 @@ def filled(page: Path, root: Path) -> str:
     return _MARKED.sub(fill, text)
 
 
-def load(root: Path, file: str) -> Any:
-    path = root / "benchmarks" / "results" / file
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-
-
 def pages(root: Path) -> Iterator[Path]:
     yield root / "README.md"
     yield from sorted((root / "docs").rglob("*.md"))
 
 
-def picture_link(page: Path, root: Path) -> str:
-    if load(root, "demo.json") is None:
-        return MISSING
-    path = (root / PICTURE).relative_to(page.parent).as_posix()
-    return (
-        f"![Two panels over the fraction of MACs left, for auto and for the paper's method. Left: "
-        f"accuracy right after surgery, and repaired or with batch norm recalibrated. Right: "
-        f"predicted and measured divergence from the original.]({path})"
-    )
-
-
-def points(results: Mapping[str, Any]) -> dict[str, list[float]]:
-    """What is drawn, from the mildest budget to the hardest."""
-    first = results["budgets"][0]["auto"]["report"]
-    drawn: dict[str, list[float]] = {"original": [100 * first["original"]["accuracy"]]}
-    for report, way in demo_reports(results):
-        cut, truth = report["compressed"], report["truth"]
-        repaired = report["repaired"] or report["recalibrated"] or cut
-        meant = report["repaired"] or cut  # what the prediction stands for
-        for what, value in (
-            ("macs", 100 * report["macs"][1] / report["macs"][0]),
-            ("surgery", 100 * cut["accuracy"]),
-            ("repaired", 100 * repaired["accuracy"]),
-            ("predicted", (truth and truth["calibrated"]) or report["predicted"]),
-            ("measured", meant["divergence"]),
-        ):
-            drawn.setdefault(f"{way} {what}", []).append(value)
-    return drawn
-
-
-def fingerprint(results: Mapping[str, Any]) -> str:
-    """Stands in the picture, so that it can be told what it was drawn from."""
-    digest = hashlib.sha256(json.dumps(points(results), sort_keys=True).encode()).hexdigest()
-    return f"drawn from benchmarks/results/demo.json, points {digest[:16]}"
-
-
-def picture_is_stale(root: Path) -> bool:
-    results, path = load(root, "demo.json"), root / PICTURE
-    if results is None or not path.exists():
-        return path.exists() or results is not None
-    return fingerprint(results) not in path.read_text(encoding="utf-8")
-
-
-def draw(results: Mapping[str, Any], path: Path) -> None:
-    """Accuracy and divergence against the MACs left."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    style = {
-        "font.size": 10,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.titlesize": 11,
-        "axes.titlelocation": "left",
-        "axes.grid": True,
-        "grid.color": "#e3e3e3",
-        "svg.hashsalt": "eigendamage",
-        "lines.linewidth": 2,
-        "lines.markersize": 6,
-    }
-    auto, paper = WAYS.values()
-    solid, dashed, green, red = "-", (0, (4, 2)), "#2b8a4f", "#b5403a"
-    accuracies = {
-        f"{auto} repaired": ("auto, repaired", green, "o", solid),
-        f"{auto} surgery": ("auto, right after surgery", green, "s", dashed),
-        f"{paper} repaired": ("paper, batch norm recalibrated", red, "o", solid),
-        f"{paper} surgery": ("paper, right after surgery", red, "s", dashed),
-    }
-    divergences = {
-        f"{auto} measured": ("auto, measured, repaired", green, "o", solid),
-        f"{auto} predicted": ("auto, predicted, calibrated", green, "D", dashed),
-        f"{paper} measured": ("paper, measured right after surgery", red, "s", solid),
-        f"{paper} predicted": ("paper, predicted", red, "D", dashed),
-    }
-    drawn = points(results)
-    original = drawn["original"][0]
-    with mpl.rc_context(style):
-        figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4.6), facecolor="white")
-        left.axhline(original, color="#555555", linewidth=1, linestyle=(0, (4, 3)), zorder=1)
-        for axes, lines, start in (
-            (left, accuracies, ([100], [original])),
-            (right, divergences, ([], [])),
-        ):
-            for name, (label, colour, marker, dashes) in lines.items():
-                macs = [*start[0], *drawn[f"{name.split()[0]} macs"]]
-                values = [*start[1], *drawn[name]]
-                axes.plot(macs, values, color=colour, marker=marker, linestyle=dashes, label=label)
-        left.plot(100, original, color="#555555", marker="o")
-        bottom, top = left.get_ylim()
-        left.set_ylim(bottom, top + 0.06 * (top - bottom))
-        left.annotate(
-            f"original {original:.1f} %", (100, original), (6, 5), textcoords="offset points"
-        )
-        right.set_yscale("log")
-        right.yaxis.set_major_formatter("{x:g}")
-        left.set(title="Accuracy on the test images, %", xlabel="MACs left, %")
-        right.set(title="Divergence from the original, nats (logarithmic)", xlabel="MACs left, %")
-        for axes in (left, right):
-            axes.invert_xaxis()
-            axes.set_axisbelow(True)
-            axes.legend(
-                loc="upper center", bbox_to_anchor=(0.5, -0.16), handlelength=4, frameon=False
-            )
-        figure.tight_layout(w_pad=3)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        metadata = {"Date": None, "Description": fingerprint(results)}
-        figure.savefig(path, metadata=metadata if path.suffix == ".svg" else None, dpi=130)
-        plt.close(figure)
-
-
 def stale(root: Path) -> list[Path]:
-    """The pages, and the picture, that are not what the results say."""
+    """The pages, and the pictures, that are not what the results say."""
     found = [page for page in pages(root) if filled(page, root) != page.read_text(encoding="utf-8")]
-    return [*found, root / PICTURE] if picture_is_stale(root) else found
+    return found + [root / p.path for p in PICTURES.values() if p.is_stale(root)]
 
 
 def rewrite(root: Path) -> None:
     for page in pages(root):
         page.write_text(filled(page, root), encoding="utf-8")
-    results = load(root, "demo.json")
-    if results is None:
-        (root / PICTURE).unlink(missing_ok=True)
-    elif picture_is_stale(root):
-        draw(results, root / PICTURE)
+    for picture in PICTURES.values():
+        picture.rewrite(root)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

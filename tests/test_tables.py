@@ -42,7 +42,9 @@ def tables_module() -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     tables = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tables)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(TABLES.parent)
+        spec.loader.exec_module(tables)
     return tables
 
 
@@ -137,7 +139,7 @@ def test_a_table_that_is_unknown_or_not_closed_is_refused(copy: Path, spoiled: s
 def test_every_table_has_a_place():
     tables = tables_module()
     text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
-    for name in (*tables.TABLES, "demo-picture"):
+    for name in (*tables.TABLES, *tables.PICTURES):
         assert f"<!-- table:{name} -->" in text
 
 
@@ -239,7 +241,7 @@ def test_a_prediction_of_the_demo_is_held_against_the_network_it_stands_for():
     auto, paper = cells(tables.demo_loss(demonstration()))
     assert auto[2:7] == ["0.02", "0.04", "0.2", "0.1", "2.5 ×"]  # repaired to calibrated
     assert paper[2:7] == ["0.02", "–", "0.5", "–", "25.0 ×"]  # right after to priced
-    drawn = tables.points(demonstration())
+    drawn = tables.PICTURES["demo-picture"].points(demonstration())
     assert drawn["`auto` measured"] == [0.1]
     assert drawn["paper measured"] == [0.5]
 
