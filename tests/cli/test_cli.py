@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 import eigendamage as ed
 from eigendamage import zoo
 from eigendamage.cli import _demo, app
+from eigendamage.zoo._registry import MODELS
 
 runner = CliRunner()
 _COMPRESS = ("compress", "--model", "zoo:demo_network", "--batch-size", "32")
@@ -39,6 +40,23 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A narrow network under the demo network's name."""
+    monkeypatch.setattr(zoo, "demo_network", narrow_network)
+    monkeypatch.setitem(MODELS, "demo_network", narrow_network)
+
+
+def narrow_network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        *(nn.Conv2d(1, 8, 3, stride=4), nn.BatchNorm2d(8), nn.ReLU()),
+        *(nn.Conv2d(8, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU()),
+        *(nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU()),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10)),
+    ).eval()
+
+
 def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "eigendamage", *arguments],
@@ -48,6 +66,7 @@ def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.usefixtures("narrow")
 def test_compress_writes_everything_that_rebuilds_the_model(images: Path, tmp_path: Path) -> None:
     out = tmp_path / "small"
     done = runner.invoke(
@@ -90,6 +109,7 @@ def test_compress_writes_everything_that_rebuilds_the_model(images: Path, tmp_pa
     ]
 
 
+@pytest.mark.usefixtures("narrow")
 def test_images_without_a_test_split_hold_out_a_tenth(images: Path, tmp_path: Path) -> None:
     single = tmp_path / "one.npz"
     with np.load(images) as arrays:
@@ -114,7 +134,7 @@ def test_images_without_a_test_split_hold_out_a_tenth(images: Path, tmp_path: Pa
     report = ed.Report.load(tmp_path / "o" / "report.json")
     assert (report.examples, report.measured_examples) == (86, 10)
     assert report.final.accuracy is None
-    assert "held out" in done.output.replace("\n", " ")
+    assert "held out" in " ".join(done.output.split())
 
 
 def test_models_and_data_from_a_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,26 +180,15 @@ def test_errors_are_one_line_and_exit_code_one(tmp_path: Path) -> None:
 
 
 def test_usage_errors_exit_with_two_and_version_is_told() -> None:
-    assert _run("compress").returncode == 2
-    assert _run("--version").stdout.strip() == ed.__version__
+    assert runner.invoke(app, ["compress"]).exit_code == 2
+    assert runner.invoke(app, ["--version"]).stdout.strip() == ed.__version__
 
 
 @pytest.fixture
-def small_demo(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_demo(narrow: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The demo on few images and a narrow network."""
     few = {s: zoo.fashion_mnist(s).take(slice(0, 50)) for s in ("train", "test")}
     monkeypatch.setattr(zoo, "fashion_mnist", lambda split: few[split])
-    monkeypatch.setattr(zoo, "demo_network", narrow_network)
-
-
-def narrow_network() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(
-        *(nn.Conv2d(1, 8, 3, stride=4), nn.BatchNorm2d(8), nn.ReLU()),
-        *(nn.Conv2d(8, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU()),
-        *(nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU()),
-        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10)),
-    ).eval()
 
 
 @pytest.mark.usefixtures("small_demo")
@@ -252,6 +261,7 @@ def test_a_module_under_two_names_and_an_output_that_is_a_file(
     assert isinstance(refused.exception, NotADirectoryError)
 
 
+@pytest.mark.usefixtures("narrow")
 def test_compare_writes_a_table_a_plot_and_json_and_goes_on(images: Path, tmp_path: Path) -> None:
     out = tmp_path / "compared"
     few = ["--data", str(images), "--out", str(out), "--batch-size", "32", "--budgets", "0.6"]
@@ -273,16 +283,17 @@ def test_compare_writes_a_table_a_plot_and_json_and_goes_on(images: Path, tmp_pa
 def test_compare_refuses_what_it_does_not_know(images: Path, tmp_path: Path) -> None:
     out = tmp_path / "compared"
     options = ["compare", "--data", str(images), "--out", str(out)]
-    done = _run(*options, "--methods", "magic")
-    assert done.returncode == 1
-    assert "method 'magic' is unknown" in done.stderr
+    done = runner.invoke(app, [*options, "--methods", "magic"])
+    assert isinstance(done.exception, ed.EigenDamageError)
+    assert "method 'magic' is unknown" in str(done.exception)
     assert not out.exists()
     assert runner.invoke(app, [*options, "--budgets", "half"]).exit_code == 2
-    outside = _run(*options, "--methods", "random", "--budgets", "2")
-    assert outside.returncode == 1
-    assert "macs is 2.0" in outside.stderr
+    outside = runner.invoke(app, [*options, "--methods", "random", "--budgets", "2"])
+    assert isinstance(outside.exception, ed.BudgetError)
+    assert "macs is 2.0" in str(outside.exception)
 
 
+@pytest.mark.usefixtures("narrow")
 def test_compress_by_masks_says_that_nothing_is_saved(images: Path, tmp_path: Path) -> None:
     out = tmp_path / "small"
     arguments = [*_COMPRESS, "--method", "obd", "--ratio", "0.5"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Mapping
 
@@ -84,9 +85,14 @@ def _most_of(curvature: ed.Curvature, layout: str, fraction: float) -> ed.Plan:
     return _planned(curvature, actions)
 
 
-def _factored(case: Case, layout: str, examples: int = 4) -> tuple[nn.Module, Tensor]:
-    """A case's model with every layer factored, and its stages moved as training would."""
-    model, (x, _) = case.model(), case.data(examples)
+@functools.cache
+def _factored(case: Case, layout: str) -> tuple[nn.Module, Tensor]:
+    """A case's model with every layer factored, and its stages moved as training would; made once.
+
+    Surgery and curvature leave it as it is, which is tested elsewhere.
+    """
+    torch.set_num_threads(1)
+    model, (x, _) = case.model(), case.data(4)
     curvature = _curvature(model, x)
     small = ed.apply_plan(model, _most_of(curvature, layout, 0.6), curvature)
     torch.manual_seed(1)
@@ -94,6 +100,13 @@ def _factored(case: Case, layout: str, examples: int = 4) -> tuple[nn.Module, Te
         for parameter in small.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     return small, x
+
+
+@functools.cache
+def _known(case: Case, layout: str) -> tuple[nn.Module, Tensor, ed.Curvature]:
+    """That model, its inputs and its curvature."""
+    small, x = _factored(case, layout)
+    return small, x, _curvature(small, x)
 
 
 def _outer(module: nn.Module) -> tuple[Tensor, Tensor]:
@@ -172,8 +185,7 @@ def _apart(model: nn.Module, other: nn.Module, x: Tensor) -> float:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_last_eigenvectors_span_what_the_outer_stages_span(case: Case, layout: str) -> None:
-    small, x = _factored(case, layout)
-    curvature = _curvature(small, x)
+    small, _, curvature = _known(case, layout)
     for name, known in curvature.items():
         module = small.get_submodule(name)
         o, i, K = known.eigenvalues.shape
@@ -198,8 +210,8 @@ def test_the_last_eigenvectors_span_what_the_outer_stages_span(case: Case, layou
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_within_the_span_the_factors_are_diagonal(case: Case, layout: str) -> None:
-    small, x = _factored(case, layout)
-    for known in _curvature(small, x).values():
+    *_, curvature = _known(case, layout)
+    for known in curvature.values():
         for moment, Q, values, rank in (
             (known.S, known.Q_S, known.S_eigenvalues, known.ranks[0]),
             (known.A, known.Q_A, known.A_eigenvalues, known.ranks[1]),
@@ -211,8 +223,7 @@ def test_within_the_span_the_factors_are_diagonal(case: Case, layout: str) -> No
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_rotated_weight_is_zero_outside_the_last_ranks(case: Case, layout: str) -> None:
-    small, x = _factored(case, layout)
-    curvature = _curvature(small, x)
+    small, _, curvature = _known(case, layout)
     for name, layer in ed.find_layers(small).compressible.items():
         known = curvature[name]
         rotated = rotated_weight(layer.weight(), known.Q_S, known.Q_A)
@@ -225,7 +236,8 @@ def test_the_rotated_weight_is_zero_outside_the_last_ranks(case: Case, layout: s
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_eigenvalues_of_a_factored_layer_still_sum_to_the_trace(case: Case, layout: str) -> None:
-    small, x = _factored(case, layout, examples=3)
+    small, x = _factored(case, layout)
+    x = x[:3]
     curvature = _curvature(small, x, fisher="exact")
     plain = _dense(small)
     torch.testing.assert_close(plain(x), small(x))
@@ -238,8 +250,7 @@ def test_eigenvalues_of_a_factored_layer_still_sum_to_the_trace(case: Case, layo
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_merged_stages_compute_what_further_projections_would(case: Case, layout: str) -> None:
-    small, x = _factored(case, layout)
-    curvature = _curvature(small, x)
+    small, x, curvature = _known(case, layout)
     for again in FORMS:
         plan = _most_of(curvature, again, 0.7)
         merged = ed.apply_plan(small, plan, curvature)
@@ -253,8 +264,7 @@ def test_merged_stages_compute_what_further_projections_would(case: Case, layout
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_keeping_all_that_is_there_loses_nothing(case: Case, layout: str) -> None:
-    small, x = _factored(case, layout)
-    curvature = _curvature(small, x)
+    small, x, curvature = _known(case, layout)
     again = ed.apply_plan(small, _most_of(curvature, "three", 1.0), curvature)
     assert _apart(again, small, x) < 1e-10
     for name, known in curvature.items():
