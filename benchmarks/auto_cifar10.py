@@ -65,6 +65,7 @@ def one_row(
         "held_out_cut": truth.before_repair,
         "held_out_repaired": truth.after_repair,
         "channels": sum(isinstance(p.action, ed.Channels) for p in result.plan.layers.values()),
+        "threads": torch.get_num_threads(),
         "seconds": round(seconds - report.seconds["measurement"], 1),
     }
 

@@ -1,8 +1,9 @@
 """How long planning takes for all layers of a ResNet-50, from random curvature.
 
 The 53 convolutions of ResNet-50 (He et al. 2015) at 224 x 224, with random weights and random
-factors: neither a model nor data is run. The classifier is kept, as it always is. Cold is the first plan, menus and
-refined bases included; the later budgets are planned from the same menus. Run
+factors: neither a model nor data is run. The classifier is kept, as it always
+is. The first plan includes the menus and refined bases; the later ones are made from the same
+menus. Run
 
     python benchmarks/planning.py
 """

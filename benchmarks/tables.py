@@ -261,12 +261,57 @@ def auto_cifar10(results: Mapping[str, Any]) -> str:
                 short(calibrated),
                 short(measured),
                 f"{measured / calibrated:.2f} ×",
-                f"{row['seconds']:.0f}",
+                f"{row['seconds']:.0f} ({row['threads']})",
             ]
         )
     header = ("network", "MACs left", "accuracy before", "right after", "repaired")
     truth = ("quadratic", "measured right after", "priced", "calibrated", "measured repaired")
-    return table((*header, *truth, "to calibrated", "seconds"), rows)
+    return table((*header, *truth, "to calibrated", "seconds (threads)"), rows)
+
+
+def planning(results: Mapping[str, Any]) -> str:
+    """What planning a large network takes."""
+    rows: list[list[str]] = []
+    for index, row in enumerate(results["rows"]):
+        budget = ", ".join(f"{unit} {fraction:g}" for unit, fraction in row["budget"].items())
+        menus = "made" if index == 0 else "the same"
+        rows.append([budget, menus, f"{row['seconds']:.1f}", short(row["gap"])])
+    source = (
+        f"`{results['command']}`, {results['layers']} layers, seed {results['seed']}, "
+        f"{results['machine']['threads']} threads, {results['resident_gigabytes']:g} GB in memory "
+        f"at most, {words_of(results['versions'])}."
+    )
+    return f"{table(('budget', 'menus', 'seconds', 'gap'), rows, words=2)}\n\n{source}"
+
+
+def latency_budgets(results: Mapping[str, Any]) -> str:
+    """What was asked for, and what the result takes when it is timed again."""
+    rows: list[list[str]] = []
+    for row in results["rows"]:
+        start = [row["network"], f"{row['batch']}", percent(row["budget"])]
+        if "error" in row:
+            rows.append([*start, "refused", *["–"] * 5, f"{row['seconds']:.0f}"])
+            continue
+        before, after = row["milliseconds"]
+        rows.append(
+            [
+                *start,
+                percent(row["measured"]),
+                f"{100 * row['spread']:.1f} %",
+                f"{before:.1f} → {after:.1f}",
+                percent(row["macs"]),
+                f"{row['low_rank']}",
+                f"{row['channels']}",
+                f"{row['seconds']:.0f}",
+            ]
+        )
+    header = ("network", "batch", "budget", "measured", "spread", "ms", "MACs left")
+    source = (
+        f"`{results['command']}`, seed {results['seed']}, {results['machine']['threads']} threads, "
+        f"{words_of(results['versions'])}."
+    )
+    whole = table((*header, "low-rank layers", "layers with fewer channels", "seconds"), rows)
+    return f"{whole}\n\n{source}"
 
 
 def compare(results: Mapping[str, Any]) -> str:
@@ -372,6 +417,8 @@ TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "curvature-cost": ("curvature_cost.json", curvature_cost),
     "resnet20-cifar10": ("resnet20_cifar10.json", resnet20_cifar10),
     "auto-cifar10": ("auto_cifar10.json", auto_cifar10),
+    "planning": ("planning.json", planning),
+    "latency-budgets": ("latency_budgets.json", latency_budgets),
     "compare": ("compare.json", compare),
 }
 """The result file and the renderer of each table."""
