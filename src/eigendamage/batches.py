@@ -38,7 +38,7 @@ class Batch:
         Among several tensors there may be some without a batch axis (a mask, positions) whose first
         axis is as long by chance.
         """
-        return len(_tensors([*self.args, *self.kwargs.values()])) == 1
+        return len(tensors_in([*self.args, *self.kwargs.values()])) == 1
 
     def few(self, count: int) -> Batch:
         """Its first ``count`` examples if it is divisible, the whole batch otherwise."""
@@ -74,7 +74,7 @@ class Batch:
 
     def shapes(self) -> str:
         """The shapes of its inputs, for messages."""
-        found = _tensors([*self.args, *self.kwargs.values()])
+        found = tensors_in([*self.args, *self.kwargs.values()])
         return ", ".join(str(tuple(t.shape)) for t in found)
 
 
@@ -240,7 +240,8 @@ def _map_tensors(item: Any, function: Callable[[Tensor], Tensor]) -> Any:
     return item
 
 
-def _tensors(item: Any) -> list[Tensor]:
+def tensors_in(item: Any) -> list[Tensor]:
+    """All tensors in nested lists, tuples and mappings, or a lone one."""
     found: list[Tensor] = []
 
     def keep(x: Tensor) -> Tensor:
@@ -252,7 +253,7 @@ def _tensors(item: Any) -> list[Tensor]:
 
 
 def _batch_size(args: tuple[Any, ...], kwargs: Mapping[str, Any], index: int) -> int:
-    for tensor in _tensors([*args, *kwargs.values()]):
+    for tensor in tensors_in([*args, *kwargs.values()]):
         if tensor.ndim > 0:
             if tensor.shape[0] == 0:
                 raise DataError(
@@ -265,7 +266,7 @@ def _batch_size(args: tuple[Any, ...], kwargs: Mapping[str, Any], index: int) ->
 def _refuse_non_finite(args: tuple[Any, ...], kwargs: Mapping[str, Any], index: int) -> None:
     named = [("the input", a) for a in args] + [(f"the input '{k}'", v) for k, v in kwargs.items()]
     for name, item in named:
-        for tensor in _tensors(item):
+        for tensor in tensors_in(item):
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 bad = int((~torch.isfinite(tensor)).sum())
                 raise NonFiniteError(
@@ -333,7 +334,7 @@ def output_tensors(output: Any) -> list[Tensor]:
     Raises:
         LossError: if there is none.
     """
-    found = [t for t in _tensors(output) if t.is_floating_point()]
+    found = [t for t in tensors_in(output) if t.is_floating_point()]
     return found or [logits_of(output)]
 
 

@@ -40,7 +40,7 @@ class Block(nn.Module):
         self.pool = nn.AvgPool2d(3, 1, 1)
         self.relu = nn.ReLU(inplace=True)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         x = self.stem(x)
         y = self.conv(x)
         match self.way:
@@ -51,6 +51,11 @@ class Block(nn.Module):
             case "in place":
                 y += x
                 return y
+            case "in place, then read":
+                y += x
+                return self.relu(y) * y
+            case "returned as well":
+                return x + y, y
             case "norm" | "norm of the batch":
                 return torch.add(self.bn(y), x)
             case "two norms":
@@ -82,6 +87,7 @@ FOUND = {
     "plain": Sum(None, STEM),
     "other way round": Sum(None, STEM),
     "in place": Sum(None, STEM),
+    "in place, then read": Sum(None, STEM),
     "norm": Sum("bn", STEM),
     "dropout": Sum("bn", STEM),
     "made later": Sum("bn", STEM, through="pool"),
@@ -95,6 +101,7 @@ NOT_FOUND = (
     "read before the norm",
     "scaled",
     "broadcast",
+    "returned as well",
     "itself",
 )
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from eigendamage.batches import Batch, first_call
+from eigendamage.batches import Batch, first_call, tensors_in
 from eigendamage.layers._trace import evaluating, preserved_random_state
 
 _EXAMPLES = 1
@@ -96,7 +96,7 @@ def find_sums(model: nn.Module, layers: Iterable[str], batch: Batch) -> dict[str
             if path:
                 handles += watch.over(path, module)
         with preserved_random_state(), evaluating(model), torch.no_grad(), watch:
-            first_call(model, batch.few(_EXAMPLES))
+            watch.returned(first_call(model, batch.few(_EXAMPLES)))
     finally:
         for handle in handles:
             handle.remove()
@@ -212,11 +212,18 @@ class _Watch(TorchFunctionMode):
         read = [v for v in tree_leaves((args, options)) if isinstance(v, Tensor)]
         versions = [_version(v) for v in read]
         result = func(*args, **options)
-        if name != "__get__" and any(isinstance(v, Tensor) for v in tree_leaves(result)):
-            for tensor, version in zip(read, versions, strict=True):
-                same = tensor is result and _version(tensor) == version
-                self.uses[id(tensor)] += not same
+        makes_tensors = any(isinstance(v, Tensor) for v in tree_leaves(result))
+        for tensor, version in zip(read, versions, strict=True):
+            changed = _version(tensor) != version
+            if makes_tensors and name != "__get__" and (changed or tensor is not result):
+                self._used(tensor)
+            if changed:  # what is read of it from now on is not the layer's output
+                self.branches.pop(id(tensor), None)
         return result
+
+    def _used(self, tensor: Tensor) -> None:
+        if id(tensor) in self.branches:
+            self.uses[id(tensor)] += 1
 
     def _added(self, a: Any, b: Any) -> None:
         if not (isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape):
@@ -233,6 +240,11 @@ class _Watch(TorchFunctionMode):
             elif noted.port.side == "output" and source and source.time <= branch.started:
                 found = Sum(branch.norm, source.port, through=noted.port.module)
                 self.sums.append((branch.layer, found, branch))
+
+    def returned(self, output: Any) -> None:
+        """What the model returns is read by whoever called it."""
+        for tensor in tensors_in(output):
+            self._used(tensor)
 
     def found(self) -> dict[str, Sum]:
         """Of layers and ports that run once, the sums that are all that is made of the output."""
