@@ -503,3 +503,24 @@ def test_what_is_built_is_what_was_counted_and_the_model_is_as_it_was(one_group:
     sizes = _sizes(small, one_group.x)
     assert counted.macs * len(one_group.x) == sizes["macs"]
     assert plan.bytes[1] == sizes["bytes"]
+
+
+def test_a_network_that_is_sure_of_everything_loses_no_more_than_it_has_to() -> None:
+    """Its Fisher is zero, and every change free; what alters the outputs least is taken."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4),
+    ).eval()  # fmt: skip
+    with torch.no_grad():
+        model[-1].weight.mul_(1e9)
+    x = torch.randn(16, 3, 8, 8)
+    also = ("patches", "channels")
+    curvature = ed.estimate_curvature(model, [x], also=also, progress=False)
+    assert not any(layer.S.any() for layer in curvature.values())
+    menus = ed.make_menus(model, curvature, progress=False)
+    for fraction in (0.9, 0.7, 0.5):
+        plan = ed.make_plan(model, curvature, ed.Budget(macs=fraction), menus=menus)
+        assert fraction - 0.2 < plan.left("macs") <= fraction
+        assert plan.price < 1e-9
+        assert "do not depend on 3 of 3 layers ('0', '2', '6')" in plan.notes[0]

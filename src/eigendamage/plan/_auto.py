@@ -39,6 +39,7 @@ def plan_auto(task: Task, menus: Menus, options: AutoOptions) -> Result:
             f"a budget of {task.budget} says no size, which method 'auto' allocates; give macs, "
             f"params, bytes or latency (compress also takes a loss)"
         )
+    task = replace(task, curvature=menus.seen)
     market = Market(task, menus, options)
     refined: set[tuple[str, int, int]] = set()
     basket = market.allocate()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor, nn
 
 from eigendamage.curvature import Curvature
@@ -22,6 +23,7 @@ ActionKind = Literal["low-rank", "blocks", "channels"]
 ACTIONS: tuple[ActionKind, ...] = get_args(ActionKind)
 # Refining an input basis is worth it up to this many multiplications an evaluation of its price.
 _REFINABLE = 1e8
+_UNSEEN = 1e-30  # of S where it is zero; prices made of it vanish beside all others
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +32,7 @@ class Menus:
 
     Attributes:
         curvature: that they were made from.
+        seen: the same, with a tiny S for layers that it says nothing of; see `sighted`.
         layers: by dotted path.
         groups: of channels, by name; no two of them share a layer.
         graph: all groups that are usable; None where channels are not on the menu.
@@ -42,6 +45,7 @@ class Menus:
     """
 
     curvature: Curvature
+    seen: Curvature
     layers: Mapping[str, LayerMenu]
     groups: Mapping[str, GroupMenu]
     graph: ChannelGraph | None
@@ -64,7 +68,7 @@ class Menus:
         key = (layer.name, rank_out, rank_in, steps)
         if key not in self._refined:
             start = menu.bases[0][:, :rank_in]
-            metric = metric_of(layer, self.curvature[layer.name], self.damping)
+            metric = metric_of(layer, self.seen[layer.name], self.damping)
             self._refined[key] = refined_basis(metric, start, rank_out, steps)
         return self._refined[key]
 
@@ -123,26 +127,28 @@ def make_menus(
     if not open_layers:
         shown = "; ".join(f"'{n}': {why}" for n, why in list(kept.items())[:6])
         raise NothingToCompressError(f"every compressible layer is kept: {shown}")
+    seen, blind = sighted(curvature)
     menus = {
-        name: layer_menu(layer, curvature[name], wanted, damping, max_ratio, multiple)
+        name: layer_menu(layer, seen[name], wanted, damping, max_ratio, multiple)
         for name, layer in track(
             open_layers.items(), "pricing", total=len(open_layers), enabled=progress
         )
     }
     groups: dict[str, GroupMenu] = {}
-    graph, left_alone, notes = None, {}, ()
+    graph, left_alone, notes = None, {}, blind
     if "channels" in wanted and curvature.channels is None:
-        notes = (
+        notes += (
             "channels are not on the menu: which of them go together was not traced (give "
             "also=('patches', 'channels') to estimate_curvature)",
         )
     elif "channels" in wanted:
         try:
-            groups, graph, left_alone = group_menus(curvature, layers, ignored, damping, multiple)
+            groups, graph, left_alone = group_menus(seen, layers, ignored, damping, multiple)
         except NothingToCompressError as error:
-            notes = (f"channels are not on the menu: {error}",)
+            notes += (f"channels are not on the menu: {error}",)
     return Menus(
         curvature=curvature,
+        seen=seen,
         layers=menus,
         groups=groups,
         graph=graph,
@@ -153,6 +159,34 @@ def make_menus(
         multiple=multiple,
         notes=notes,
     )
+
+
+def sighted(curvature: Curvature) -> tuple[Curvature, tuple[str, ...]]:
+    """The curvature with a tiny S = ε I where S is zero, and a note of where that is.
+
+    A network that is sure of all its predictions has no Fisher, and any change of it a price of
+    zero. Then the change that alters the layers' outputs least is the best guess.
+    """
+    blind = [name for name, layer in curvature.items() if not bool(layer.S.any())]
+    if not blind:
+        return curvature, ()
+    layers = dict(curvature.layers)
+    for name in blind:
+        known = layers[name]
+        values = known.A_eigenvalues.double() * _UNSEEN
+        layers[name] = replace(
+            known,
+            S=_UNSEEN * torch.eye(len(known.S), dtype=torch.float64, device=known.S.device),
+            S_eigenvalues=torch.full_like(known.S_eigenvalues, _UNSEEN, dtype=torch.float64),
+            eigenvalues=values[None, :, None].expand(known.eigenvalues.shape).contiguous(),
+        )
+    shown = ", ".join(f"'{name}'" for name in blind[:3]) + (", …" if len(blind) > 3 else "")
+    note = (
+        f"the predictions on the data do not depend on {len(blind)} of {len(curvature)} layers "
+        f"({shown}) as far as numbers show, so prices there are nothing but the change of outputs; "
+        f"is the model trained, and the data what it was trained for?"
+    )
+    return replace(curvature, layers=layers), (note,)
 
 
 def wanted_actions(actions: Iterable[ActionKind]) -> tuple[ActionKind, ...]:

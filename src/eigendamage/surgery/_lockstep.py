@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from eigendamage.batches import Batch, call, device_of
+from eigendamage.errors import LayerError
 from eigendamage.layers import LayerTrace, Trace, evaluating, preserved_random_state
 from eigendamage.surgery._passes import Passed, Run, Twins, end_all, keep, until, wait, watched
 
@@ -35,13 +36,6 @@ class Pair(NamedTuple):
     x: Tensor
     y: Tensor
     others: tuple[Tensor, Tensor] | None = None
-
-    @classmethod
-    def of(cls, part: int, student: Passed, teacher: Passed) -> Pair:
-        """What both networks showed."""
-        if student.other is None or teacher.other is None:
-            return cls(part, student.tensor, teacher.tensor)
-        return cls(part, student.tensor, teacher.tensor, (student.other, teacher.other))
 
 
 Steps = Generator[tuple[str, Iterator[Pair]]]
@@ -107,7 +101,7 @@ def together(twins: Twins) -> Steps:
                 teacher = Run(_forward(twins.teacher, batch, same))
                 runs.append((part, student, teacher))
             for name in twins.layers:
-                pairs = (Pair.of(part, s.to(name), t.to(name)) for part, s, t in runs)
+                pairs = (_pair(twins, name, part, s.to(name), t.to(name)) for part, s, t in runs)
                 yield name, pairs
                 for _ in pairs:  # those that were not asked for have to get there as well
                     pass
@@ -128,7 +122,25 @@ def _pairs_anew(
     for part, batch in twins.batches():
         student = until(twins, name, _forward(twins.student, batch, same))
         teacher = until(twins, name, _forward(twins.teacher, batch, same))
-        yield Pair.of(part, student, teacher)
+        yield _pair(twins, name, part, student, teacher)
+
+
+def _pair(twins: Twins, name: str, part: int, student: Passed, teacher: Passed) -> Pair:
+    """What both networks showed.
+
+    Raises:
+        LayerError: if what the layer's output is added to was not there on this batch.
+    """
+    if name not in twins.sums:
+        return Pair(part, student.tensor, teacher.tensor)
+    if student.other is None or teacher.other is None:
+        raise LayerError(
+            name,
+            f"on some batch '{twins.sums[name].other.module}' did not run before it, though it did "
+            f"on the first; which layers run must be the same for all inputs. Leave it out of "
+            f"layers=",
+        )
+    return Pair(part, student.tensor, teacher.tensor, (student.other, teacher.other))
 
 
 def _forward(

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from eigendamage.batches import Batch
 from eigendamage.errors import LayerError
@@ -69,7 +70,7 @@ def watched(
 
         return hook
 
-    handles: list[Any] = []
+    handles: list[RemovableHandle] = []
     try:
         # First what passes: it may be what the layer itself reads.
         for name in names:

@@ -18,7 +18,8 @@ from eigendamage.surgery._regression import Fit, Moments, error, layer_moments, 
 
 # Sums of products err by about this many units in the last place of what was summed.
 _ROUNDING_UNITS = 8
-# Of the largest scale of a batch norm: weights that make up for errors behind less would explode.
+# Of the largest scale of a batch norm. To make up for an error through a channel of a smaller one
+# takes weights that dwarf all others, and what they do is undone by the first training step.
 _VISIBLE = 1e-2
 FIT, HELD_OUT = 0, 1
 """Which part of the data a batch is of."""

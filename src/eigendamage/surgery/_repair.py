@@ -72,9 +72,9 @@ def repair_model(
     reconstruction, Zhang et al. 2015); factored layers by reduced-rank regression in the metric S,
     all their stages but a first 1×1, which stays. A layer whose output goes into a sum, as at the
     end of a residual block, also makes up for what the other summand has lost by then (He et al.
-    2017, section 3.3). A refit is kept only if the error on held-out
-    inputs falls. No labels and no gradients are needed. Batch norms keep their statistics. If
-    anything fails, all weights are as they were.
+    2017, section 3.3). A refit is kept only if the error on held-out inputs falls. No labels and no
+    gradients are needed. Batch norms keep their statistics. If anything fails, all weights are as
+    they were.
 
     Args:
         small: the network to repair, made of the original by factoring layers and slicing channels.
