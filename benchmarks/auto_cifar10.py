@@ -13,18 +13,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from recording import machine, record, versions
 
 import eigendamage as ed
 from eigendamage import zoo
-from eigendamage.files import written_beside
 
 EXAMPLES = 2000
 COMMAND = (
@@ -65,8 +62,9 @@ def one_row(
         "held_out_cut": truth.before_repair,
         "held_out_repaired": truth.after_repair,
         "channels": sum(isinstance(p.action, ed.Channels) for p in result.plan.layers.values()),
-        "threads": torch.get_num_threads(),
         "seconds": round(seconds - report.seconds["measurement"], 1),
+        "machine": machine(),
+        "versions": versions(),
     }
 
 
@@ -95,21 +93,8 @@ def _add(out: Path, row: dict[str, Any]) -> None:
     key = ("network", "seed", "budget")
     rows = json.loads(out.read_text(encoding="utf-8"))["rows"] if out.exists() else []
     rows = [r for r in rows if any(r[k] != row[k] for k in key)] + [row]
-    result = {
-        "command": COMMAND,
-        "machine": {"system": platform.machine(), "cores": os.cpu_count()},
-        "examples": EXAMPLES,
-        "versions": {
-            "torch": torch.__version__,
-            "python": sys.version.split()[0],
-            "eigendamage": ed.__version__,
-        },
-        "rows": sorted(
-            rows, key=lambda r: (len(r["network"]), r["network"], r["seed"], -r["budget"])
-        ),
-    }
-    with written_beside(out) as beside:
-        beside.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    order = sorted(rows, key=lambda r: (len(r["network"]), r["network"], r["seed"], -r["budget"]))
+    record(out, {"command": COMMAND, "examples": EXAMPLES, "rows": order})
 
 
 if __name__ == "__main__":

@@ -10,19 +10,15 @@ met the row holds the error. Run on a machine that does nothing else
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from recording import machine, record, versions
 
 import eigendamage as ed
 from eigendamage import zoo
-from eigendamage.files import written_beside
 
 IMAGES, PART = 48, 8
 CASES = (("wide_resnet32", 1), ("wide_resnet32", 16), ("resnet20", 1), ("resnet20", 16))
@@ -73,21 +69,12 @@ def main() -> None:
             print(rows[-1], flush=True)
     result = {
         "command": "python benchmarks/latency_budgets.py",
-        "machine": {
-            "system": platform.machine(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-        },
+        "machine": machine(),
         "seed": 0,
-        "versions": {
-            "torch": torch.__version__,
-            "python": sys.version.split()[0],
-            "eigendamage": ed.__version__,
-        },
+        "versions": versions(),
         "rows": rows,
     }
-    with written_beside(arguments.out) as beside:
-        beside.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    record(arguments.out, result)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -157,7 +158,7 @@ def _demo_panels(left: Any, right: Any, drawn: Points) -> None:
 def truth_points(results: Mapping[str, Any]) -> Points:
     """What was predicted and measured of all rows, with the MACs left."""
     rows = results["rows"]
-    keys = ("quadratic", "held_out_cut", "priced", "calibrated", "held_out_repaired")
+    keys = ("quadratic", "held_out_cut", "priced", "calibrated", "divergence")
     return {
         f"{network} {key}": [row[key] for row in rows if row["network"] == network]
         for network in dict.fromkeys(row["network"] for row in rows)
@@ -170,8 +171,8 @@ def _truth_panels(left: Any, right: Any, drawn: Points) -> None:
     networks = list(dict.fromkeys(name.split()[0] for name in drawn))
     lines = (
         (left, "quadratic", "held_out_cut", "quadratic", _BLUE),
-        (right, "calibrated", "held_out_repaired", "sum of prices, calibrated", _GREEN),
-        (right, "priced", "held_out_repaired", "sum of prices", _RED),
+        (right, "calibrated", "divergence", "sum of prices, calibrated", _GREEN),
+        (right, "priced", "divergence", "sum of prices", _RED),
     )
     for axes in (left, right):
         ends = [
@@ -184,9 +185,9 @@ def _truth_panels(left: Any, right: Any, drawn: Points) -> None:
         ends = [min(ends) / 1.3, max(ends) * 1.3]
         axes.plot(ends, ends, color=_GREY, linewidth=1, label="predicted = measured")
         axes.set(xscale="log", yscale="log", xlim=ends, ylim=ends)
-        axes.set(xlabel="predicted, nats", ylabel="measured on held-out inputs, nats")
+        axes.set(xlabel="predicted, nats", ylabel="measured, nats")
     for axes, key, measured, label, colour in lines:
-        for network, marker in zip(networks, "osD^v", strict=False):
+        for network, marker in zip(networks, itertools.cycle("osD^v"), strict=False):
             axes.plot(
                 drawn[f"{network} {key}"],
                 drawn[f"{network} {measured}"],
@@ -195,8 +196,8 @@ def _truth_panels(left: Any, right: Any, drawn: Points) -> None:
                 linestyle="none",
                 label=f"{label}, {network}",
             )
-    left.set_title("Divergence right after surgery")
-    right.set_title("Divergence after the repair")
+    left.set_title("Right after surgery, on the held-out tenth")
+    right.set_title("Repaired, on the test split")
 
 
 PICTURES: dict[str, Picture] = {
@@ -213,8 +214,9 @@ PICTURES: dict[str, Picture] = {
         "auto_cifar10.json",
         Path("docs/images/truth.svg"),
         "Two panels of measured against predicted divergence on logarithmic axes, with the line "
-        "where both agree. Left: right after surgery, by the joint quadratic. Right: after the "
-        "repair, by the sum of the prices, bare and calibrated.",
+        "where both agree. Left: right after surgery on the held-out tenth, by the joint quadratic, "
+        "close to the line. Right: repaired, on the test split, by the sum of the prices: "
+        "calibrated close to the line, bare above it.",
         truth_points,
         _truth_panels,
     ),

@@ -1,9 +1,8 @@
 """How long planning takes for all layers of a ResNet-50, from random curvature.
 
 The 53 convolutions of ResNet-50 (He et al. 2015) at 224 x 224, with random weights and random
-factors: neither a model nor data is run. The classifier is kept, as it always
-is. The first plan includes the menus and refined bases; the later ones are made from the same
-menus. Run
+factors: neither a model nor data is run. The classifier is kept, as it always is. The first plan
+includes the menus and refined bases; the later ones are made from the same menus. Run
 
     python benchmarks/planning.py
 """
@@ -11,22 +10,18 @@ menus. Run
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import resource
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from recording import machine, record, versions
 from torch import Tensor, nn
 
 import eigendamage as ed
 from eigendamage.curvature import Curvature, LayerCurvature
-from eigendamage.files import written_beside
 from eigendamage.layers import find_layers
 
 EXAMPLES = 2000
@@ -128,23 +123,14 @@ def main() -> None:
         print(rows[-1], flush=True)
     result = {
         "command": "python benchmarks/planning.py",
-        "machine": {
-            "system": platform.machine(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-        },
+        "machine": machine(),
         "seed": 0,
         "layers": len(convs),
         "resident_gigabytes": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 1),
-        "versions": {
-            "torch": torch.__version__,
-            "python": sys.version.split()[0],
-            "eigendamage": ed.__version__,
-        },
+        "versions": versions(),
         "rows": rows,
     }
-    with written_beside(arguments.out) as beside:
-        beside.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    record(arguments.out, result)
 
 
 if __name__ == "__main__":

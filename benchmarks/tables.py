@@ -261,12 +261,15 @@ def auto_cifar10(results: Mapping[str, Any]) -> str:
                 short(calibrated),
                 short(measured),
                 f"{measured / calibrated:.2f} ×",
-                f"{row['seconds']:.0f} ({row['threads']})",
+                short(row["divergence"]),
+                f"{row['divergence'] / calibrated:.2f} ×",
+                f"{row['seconds']:.0f} ({row['machine']['threads']})",
             ]
         )
     header = ("network", "MACs left", "accuracy before", "right after", "repaired")
     truth = ("quadratic", "measured right after", "priced", "calibrated", "measured repaired")
-    return table((*header, *truth, "to calibrated", "seconds (threads)"), rows)
+    apart = ("to calibrated", "on the test split", "to calibrated", "seconds (threads)")
+    return table((*header, *truth, *apart), rows)
 
 
 def planning(results: Mapping[str, Any]) -> str:
