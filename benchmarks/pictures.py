@@ -215,8 +215,8 @@ PICTURES: dict[str, Picture] = {
         Path("docs/images/truth.svg"),
         "Two panels of measured against predicted divergence on logarithmic axes, with the line "
         "where both agree. Left: right after surgery on the held-out tenth, by the joint "
-        "quadratic, close to the line. Right: repaired, on the test split, by the sum of the prices: "
-        "calibrated close to the line, bare above it.",
+        "quadratic, close to the line. Right: repaired, on the test split, by the sum of the "
+        "prices: calibrated close to the line, bare above it.",
         truth_points,
         _truth_panels,
     ),
