@@ -12,13 +12,12 @@ Rows of other networks, seeds and budgets in the results file stay.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from recording import machine, record, versions
+from recording import add_row
 
 import eigendamage as ed
 from eigendamage import zoo
@@ -63,8 +62,6 @@ def one_row(
         "held_out_repaired": truth.after_repair,
         "channels": sum(isinstance(p.action, ed.Channels) for p in result.plan.layers.values()),
         "seconds": round(seconds - report.seconds["measurement"], 1),
-        "machine": machine(),
-        "versions": versions(),
     }
 
 
@@ -85,16 +82,8 @@ def main() -> None:
         for budget in arguments.budgets:
             row = one_row(model, arguments.network, budget, seed, arguments.data)
             print(row, flush=True)
-            _add(arguments.out, row)
-
-
-def _add(out: Path, row: dict[str, Any]) -> None:
-    """The file with this row in the place of an older one of the same network, seed and budget."""
-    key = ("network", "seed", "budget")
-    rows = json.loads(out.read_text(encoding="utf-8"))["rows"] if out.exists() else []
-    rows = [r for r in rows if any(r[k] != row[k] for k in key)] + [row]
-    order = sorted(rows, key=lambda r: (len(r["network"]), r["network"], r["seed"], -r["budget"]))
-    record(out, {"command": COMMAND, "examples": EXAMPLES, "rows": order})
+            head = {"command": COMMAND, "examples": EXAMPLES}
+            add_row(arguments.out, head, row, ("network", "seed", "budget"))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 Random weights and random inputs, as times do not depend on them. The result of `compress` is timed
 whole beside the original, after and apart from the search that made it. Where a budget cannot be
-met the row holds the error. Run on a machine that does nothing else
+met the row holds the error. Rows of other cases in the results file stay. On a machine that does
+nothing else, run
 
     python benchmarks/latency_budgets.py
 """
@@ -11,18 +12,17 @@ from __future__ import annotations
 
 import argparse
 import time
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
-from recording import machine, record, versions
+from recording import add_row
 
 import eigendamage as ed
 from eigendamage import zoo
 
 IMAGES, PART = 48, 8
-CASES = (("wide_resnet32", 1), ("wide_resnet32", 16), ("resnet20", 1), ("resnet20", 16))
-BUDGETS = (0.7, 0.5)
 
 
 def one_row(name: str, batch: int, budget: float) -> dict[str, Any]:
@@ -61,20 +61,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     here = Path(__file__).parent / "results" / "latency_budgets.json"
     parser.add_argument("--out", type=Path, default=here)
+    parser.add_argument("--networks", nargs="+", default=["wide_resnet32", "resnet20"])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
+    parser.add_argument("--budgets", type=float, nargs="+", default=[0.7, 0.5])
     arguments = parser.parse_args()
-    rows: list[dict[str, Any]] = []
-    for name, batch in CASES:
-        for budget in BUDGETS:
-            rows.append(one_row(name, batch, budget))
-            print(rows[-1], flush=True)
-    result = {
-        "command": "python benchmarks/latency_budgets.py",
-        "machine": machine(),
-        "seed": 0,
-        "versions": versions(),
-        "rows": rows,
-    }
-    record(arguments.out, result)
+    head = {"command": "python benchmarks/latency_budgets.py", "seed": 0}
+    for case in product(arguments.networks, arguments.batches, arguments.budgets):
+        row = one_row(*case)
+        print(row, flush=True)
+        add_row(arguments.out, head, row, ("network", "batch", "budget"))
 
 
 if __name__ == "__main__":

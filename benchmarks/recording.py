@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,3 +36,19 @@ def record(out: Path, result: dict[str, Any]) -> None:
     """Write a results file, whole or not at all."""
     with written_beside(out) as beside:
         beside.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def add_row(out: Path, head: dict[str, Any], row: dict[str, Any], keys: Sequence[str]) -> None:
+    """Put a row into a results file, in the place of an older one with the same keys.
+
+    Rows are measured at different times, so each says with what.
+    """
+    row = {**row, "machine": machine(), "versions": versions()}
+    old = json.loads(out.read_text(encoding="utf-8"))["rows"] if out.exists() else []
+    rows = [r for r in old if any(r[key] != row[key] for key in keys)] + [row]
+    record(out, {**head, "rows": sorted(rows, key=lambda r: [_ordered(r[key]) for key in keys])})
+
+
+def _ordered(value: str | float) -> tuple[float, str]:
+    """Names by length, so that resnet20 comes before resnet110; numbers from the largest."""
+    return (len(value), value) if isinstance(value, str) else (-value, "")

@@ -309,9 +309,10 @@ def latency_budgets(results: Mapping[str, Any]) -> str:
             ]
         )
     header = ("network", "batch", "budget", "measured", "spread", "ms", "MACs left")
+    first = results["rows"][0]
     source = (
-        f"`{results['command']}`, seed {results['seed']}, {results['machine']['threads']} threads, "
-        f"{words_of(results['versions'])}."
+        f"`{results['command']}`, seed {results['seed']}, {first['machine']['threads']} threads, "
+        f"{words_of(first['versions'])}."
     )
     whole = table((*header, "low-rank layers", "layers with fewer channels", "seconds"), rows)
     return f"{whole}\n\n{source}"

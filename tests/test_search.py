@@ -211,6 +211,25 @@ def test_a_latency_is_met_and_not_far_undercut(
     assert set(batches) == {3}
 
 
+def test_a_model_that_is_slower_when_timed_once_more_is_told(
+    monkeypatch: pytest.MonkeyPatch, curvature: ed.Curvature
+) -> None:
+    _device(monkeypatch, curvature, overhead=0.0, told=0.0)
+    steady, calls = _search.latency, []
+
+    def slower_in_the_end(models: list[nn.Module], data: object, **options: int) -> list[Latency]:
+        calls.append(options["rounds"])
+        before, after = steady(models, data, **options)
+        slower = 1.2 if options["rounds"] > calls[0] else 1.0
+        return [before, Latency(slower * after.median, 0.0)]
+
+    monkeypatch.setattr(_search, "latency", slower_in_the_end)
+    result = _compress(ed.Budget(latency=0.7), curvature=curvature, multiple=1, actions=MEASURED)
+    assert result.report.latency > 0.7
+    note = f"timed once more, the model takes {result.report.latency:.3f} of the latency"
+    assert any(text.startswith(note) for text in result.report.notes)
+
+
 def test_all_actions_may_be_taken_for_a_latency(
     monkeypatch: pytest.MonkeyPatch, curvature: ed.Curvature
 ) -> None:
