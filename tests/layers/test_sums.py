@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eigendamage.batches import Batch, Batches
+from eigendamage.errors import LayerError
 from eigendamage.layers import Port, Sum, find_layers, find_sums
 from eigendamage.surgery import Repairs, repair_model
 from eigendamage.zoo import resnet20
@@ -366,3 +367,23 @@ def test_a_repair_fits_the_sum_and_not_the_output_alone(way: str, max_memory: in
         rest = small.pool(read) if way == "made later" else read
         best, branch = fitted(read, original(x) - rest), small(x) - rest
     torch.testing.assert_close(branch, best, rtol=1e-5, atol=1e-5)
+
+
+class Bypassed(Block):
+    """Does without its stem where inputs are large."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x) if x.mean() < 5 else x.mean(1, keepdim=True).expand(-1, 4, -1, -1)
+        return x + self.conv(x)
+
+
+@pytest.mark.parametrize("max_memory", [2**40, 0])
+def test_a_summand_that_is_not_there_on_some_batch_is_told(max_memory: int) -> None:
+    original = Bypassed("plain").double().eval()
+    small = with_a_blind_stem(original)
+    x, other = torch.randn(2, 8, 3, 5, 5, dtype=torch.float64)
+    before = copy.deepcopy(small.state_dict())
+    with pytest.raises(LayerError, match="'conv': on some batch 'stem' did not run before it"):
+        repaired(small, original, x, other + 10, max_memory)
+    for name, value in small.state_dict().items():
+        assert torch.equal(value, before[name]), name
