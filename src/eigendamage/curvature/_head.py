@@ -77,6 +77,13 @@ class PredictiveHead(Head):
         Cross-entropy: KL(reference ‖ logits), summed over positions.
         """
 
+    def terms(self, logits: Tensor, batch: Batch) -> int:
+        """How many terms the divergences of a batch's examples add up, one a position or example.
+
+        At least 1.
+        """
+        return max(1, batch.size)
+
     @abstractmethod
     def quadratic(self, logits: Tensor, tangent: Tensor, batch: Batch) -> Tensor:
         """`divergence` to second order, (n,), if ``logits`` move by ``tangent``.

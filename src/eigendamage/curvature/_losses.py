@@ -43,6 +43,10 @@ class CrossEntropy(PredictiveHead):
         kl = (p.exp() * (p - q)).sum(-1)
         return (kl * self._mask(kl, batch)).reshape(batch.size, -1).sum(1)
 
+    def terms(self, logits: Tensor, batch: Batch) -> int:
+        one_each = self._classes_last(logits)[..., 0]
+        return max(1, int(self._mask(one_each, batch).sum()))
+
     def quadratic(self, logits: Tensor, tangent: Tensor, batch: Batch) -> Tensor:
         # ½ vᵀ (diag(p) − p pᵀ) v is half the variance of v under p.
         p = self._classes_last(logits).double().softmax(-1)

@@ -4,7 +4,7 @@ from eigendamage.layers._channel_graph import Carrier, ChannelGraph, ChannelGrou
 from eigendamage.layers._channels import find_channels
 from eigendamage.layers._copy import copy_model
 from eigendamage.layers._cost import FORMS, Cost, DenseForm, Form, LayerShape
-from eigendamage.layers._factored import FactoredConv2d, FactoredLinear, balance
+from eigendamage.layers._factored import FactoredConv2d, FactoredLinear, balance, balance_factors
 from eigendamage.layers._find import ON_REQUEST, Layer, Layers, find_layers
 from eigendamage.layers._geometry import ConvGeometry
 from eigendamage.layers._slicing import (
@@ -43,6 +43,7 @@ __all__ = [
     "Sum",
     "Trace",
     "balance",
+    "balance_factors",
     "channels_of",
     "copy_model",
     "evaluating",

@@ -148,3 +148,17 @@ def balance(matrices: Sequence[Tensor]) -> list[Tensor]:
         return list(matrices)
     common = math.exp(sum(map(math.log, norms)) / len(norms))
     return [m * (common / n) for m, n in zip(matrices, norms, strict=True)]
+
+
+def balance_factors(model: nn.Module) -> None:
+    """Scale the stages of all factored layers, in place, to equal norms; no product changes.
+
+    Layers of which a stage is frozen are left as they are.
+    """
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, FactoredLinear | FactoredConv2d):
+                weights = [cast("nn.Linear | nn.Conv2d", stage).weight for stage in module]
+                if all(w.requires_grad for w in weights):
+                    for weight, even in zip(weights, balance(weights), strict=True):
+                        weight.copy_(even)

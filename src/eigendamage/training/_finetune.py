@@ -1,35 +1,27 @@
-"""A minimal fine-tuning loop: SGD, one cycle, cross-entropy."""
+"""Fine-tuning: by labels, by distilling the original, or by both."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from eigendamage.batches import as_batch, call, device_of
-from eigendamage.curvature import IGNORED_LABEL, CrossEntropy
-from eigendamage.errors import DataError, EigenDamageError, NonFiniteError
-from eigendamage.progress import track
-
-
-@dataclass(frozen=True)
-class FinetuneConfig:
-    """How to fine-tune.
-
-    Attributes:
-        epochs: passes over the data.
-        learning_rate: the peak of the one-cycle schedule.
-        momentum: of SGD, with Nesterov's step.
-        weight_decay: of SGD.
-    """
-
-    epochs: int = 1
-    learning_rate: float = 0.02
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
+from eigendamage.batches import Batch, Batches, Data, device_of
+from eigendamage.curvature import Loss, head_of, loss_name
+from eigendamage.errors import EigenDamageError
+from eigendamage.layers import balance_factors, evaluating, preserved_random_state
+from eigendamage.training._checkpoint import Checkpoint
+from eigendamage.training._config import FinetuneConfig
+from eigendamage.training._feed import LoaderFeed, hold_out
+from eigendamage.training._loop import Training, train
+from eigendamage.training._objective import Objective
 
 
 def finetune(
@@ -37,81 +29,131 @@ def finetune(
     data: Iterable[Any],
     config: FinetuneConfig | None = None,
     *,
+    original: nn.Module | None = None,
+    held_out: Data | None = None,
+    loss: Loss = "cross_entropy",
+    checkpoint: str | Path | None = None,
     progress: bool = True,
-) -> float:
-    """Train a model in place on (input, label) batches; each module's mode is put back at the end.
+) -> Training:
+    """Train a model in place: on labels, on what the original predicts, or half on each.
+
+    Factored layers start from equal norms of their stages, without which they hardly train. The
+    weights of the epoch that is best on held-out data are kept, where something is held out. Modes,
+    hooks and random states are as before; if training fails, so are the weights.
 
     Args:
-        model: the model to train, compressed or not.
-        data: labelled batches, gone through once an epoch; its length has to be known.
+        model: the model to train, compressed or not, on any device.
+        data: batches, (input, label) or inputs alone, gone through once an epoch; of known length.
+            Shuffling and augmentation are the loader's own.
         config: how to train.
-        progress: whether to show progress.
+        original: the network that ``model`` was made of, to learn from: alone where there are no
+            labels, beside them otherwise (Hinton et al. 2015). It is not changed. None needs
+            labels.
+        held_out: other data to choose the epoch by; by default a part of ``data``, as the config
+            says.
+        loss: ``cross_entropy``, ``mse``, ``bce``, or a function of (output, target).
+        checkpoint: a file for the state of the run, written beside and renamed after each epoch and
+            every ``config.checkpoint_every`` seconds. If it is there already, the run goes on from
+            it, and ends with the same weights as one that was never stopped.
+        progress: whether to show progress, with the time left.
 
     Returns:
-        The mean training loss of the last epoch.
+        The losses and scores by epoch.
 
     Raises:
-        DataError: if the data is empty, has no labels or no length.
+        DataError: if the data is empty, of unknown length, or cannot be divided; if it has no
+            labels and there is no original.
+        LossError: if the original cannot be distilled by this loss.
+        MismatchError: if the checkpoint is of another run.
         NonFiniteError: if the loss becomes NaN or infinite.
+        EigenDamageError: if no parameter can be trained, or a field of the config is wrong.
     """
     config = config or FinetuneConfig()
-    if config.epochs < 1:
-        raise EigenDamageError(f"epochs is {config.epochs}; it must be at least 1")
-    steps = _length(data)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    if not parameters:
-        raise EigenDamageError("no parameter of the model is trainable; set requires_grad first")
-    optimizer = torch.optim.SGD(
-        parameters,
-        lr=config.learning_rate,
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
-        nesterov=config.momentum > 0,
+    config.check()
+    objective = Objective(
+        head_of(loss),
+        original,
+        temperature=config.temperature,
+        label_share=config.label_share,
+        features=config.features,
+        feature_weight=config.feature_weight,
     )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer,
-        config.learning_rate,
-        total_steps=config.epochs * steps,
-        cycle_momentum=False,
-    )
-    modes = [(m, m.training) for m in model.modules()]
     device = device_of(model)
-    head = CrossEntropy()
-    mean = 0.0
-    try:
+    if held_out is None and config.held_out > 0:
+        data, held_out = hold_out(data, config.held_out, config.seed)
+    rank, processes = _place()
+    feed = LoaderFeed(data, device, config.seed, rank, processes)
+    judged = None if held_out is None else Batches(held_out, device)
+    with training_of(model, original):
+        keeper = None
+        if checkpoint is not None:
+            identity = {**asdict(config), "loss": loss_name(loss), "weights": digest(model)}
+            identity["batches"] = len(feed)
+            keeper = Checkpoint(
+                checkpoint, identity, every=config.checkpoint_every, writing=rank == 0
+            )
         model.train()
-        for epoch in range(config.epochs):
-            total = examples = 0
-            what = f"fine-tuning, epoch {epoch + 1} of {config.epochs}"
-            for index, raw in enumerate(track(data, what, total=steps, enabled=progress)):
-                batch = as_batch(raw, index, device)
-                if batch.target is None:
-                    raise DataError(f"fine-tuning needs labels, but batch {index} has none")
-                counted = (batch.target != IGNORED_LABEL).sum().clamp_min(1)
-                loss = head.per_example(call(model, batch), batch).sum() / counted
-                if not bool(torch.isfinite(loss)):
-                    raise NonFiniteError(
-                        f"the loss became {loss.item()} in epoch {epoch + 1}, batch {index}; "
-                        f"lower the learning rate (it is {config.learning_rate})"
-                    )
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                optimizer.step()
-                schedule.step()
-                total += loss.item() * batch.size
-                examples += batch.size
-            mean = total / examples
+        return train(
+            model,
+            feed,
+            objective,
+            config,
+            score=None if judged is None else partial(mean_score, objective, judged),
+            checkpoint=keeper,
+            device=device,
+            what="fine-tuning",
+            progress=progress and rank == 0,
+        )
+
+
+def mean_score(objective: Objective, batches: Iterable[Batch], model: nn.Module) -> float:
+    """The mean of an objective's score over held-out batches, run as in evaluation."""
+    total, terms = 0.0, 0
+    with torch.no_grad(), evaluating(model):
+        for batch in batches:
+            value, count = objective.score(model, batch)
+            total, terms = total + float(value), terms + count
+    return total / max(1, terms)
+
+
+@contextmanager
+def training_of(model: nn.Module, original: nn.Module | None) -> Generator[None]:
+    """What is put back after training, and what is put back only if it fails.
+
+    Raises:
+        EigenDamageError: if no parameter can be trained.
+    """
+    if not any(p.requires_grad for p in model.parameters()):
+        raise EigenDamageError("no parameter of the model is trainable; set requires_grad first")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    modes = [(m, m.training) for m in model.modules()]
+    try:
+        with (
+            preserved_random_state(),
+            torch.enable_grad(),
+            evaluating(model if original is None else original),
+        ):
+            balance_factors(model)
+            yield
+    except BaseException:
+        model.load_state_dict(before)
+        raise
     finally:
         for module, mode in modes:
             module.training = mode
-    return mean
 
 
-def _length(data: Iterable[Any]) -> int:
-    try:
-        steps = len(data)  # pyright: ignore[reportArgumentType]
-    except TypeError as error:
-        raise DataError("fine-tuning needs data of known length, such as a DataLoader") from error
-    if steps == 0:
-        raise DataError("the data for fine-tuning has no batch")
-    return steps
+def digest(model: nn.Module) -> str:
+    """A fingerprint of a model's names, shapes and weights."""
+    found = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        found.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        found.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def _place() -> tuple[int, int]:
+    """This process's rank, and how many there are."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1

@@ -81,6 +81,27 @@ class ImageBatches:
     def __len__(self) -> int:
         return math.ceil(len(self.source) / self.batch_size)
 
+    def set_epoch(self, epoch: int) -> None:
+        """Say which pass comes next; the first is 0."""
+        self._passes = epoch
+
+    def holding_out(self, fraction: float, seed: int) -> tuple[ImageBatches, ImageBatches]:
+        """The same without a random part of its images, and that part in order, as it is.
+
+        Raises:
+            DataError: if nothing would be left.
+        """
+        count = len(self.source)
+        held = max(1, round(fraction * count))
+        if held >= count:
+            raise DataError(f"of {count} images {fraction:g} cannot be held out; give more")
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+        rest, out = (
+            self.source.take(part.sort().values) for part in order.split([count - held, held])
+        )
+        kept = rest.batches(self.batch_size, shuffle_seed=self.shuffle_seed, augment=self.augment)
+        return kept, out.batches(self.batch_size)
+
     def __iter__(self) -> Iterator[Tensor | tuple[Tensor, Tensor]]:
         generator = _generator(self.shuffle_seed or 0, self._passes)
         self._passes += 1

@@ -1,0 +1,294 @@
+"""The training loop: steps, the best weights so far, and going on after a stop."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR
+
+from eigendamage.batches import Batch
+from eigendamage.errors import NonFiniteError
+from eigendamage.progress import track
+from eigendamage.training._checkpoint import Checkpoint, random_state, restore_random_state
+from eigendamage.training._config import FinetuneConfig
+from eigendamage.training._feed import Feed
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a training run did.
+
+    Attributes:
+        losses: the mean training loss of each epoch.
+        scores: on what was held out, before the first epoch and after each; empty if nothing was.
+        best: how many epochs the weights that were kept have seen; at least one. The original has
+            mostly seen the data that is held out of its training, so what it was before training
+            is no fair rival.
+    """
+
+    losses: tuple[float, ...]
+    scores: tuple[float, ...]
+    best: int
+
+
+def train(
+    model: nn.Module,
+    feed: Feed,
+    objective: Callable[[nn.Module, Batch], Tensor],
+    config: FinetuneConfig,
+    *,
+    score: Callable[[nn.Module], float] | None,
+    checkpoint: Checkpoint | None,
+    device: torch.device,
+    what: str,
+    progress: bool,
+) -> Training:
+    """Train a model in place; its modules' modes are those that it comes with.
+
+    Args:
+        model: the model. Parameters that require no gradient stay as they are.
+        feed: what to train on.
+        objective: the loss of a batch.
+        config: how to train.
+        score: what says how good a state is, lower is better; None keeps the last state.
+        checkpoint: where the state is kept and taken up again; None keeps none.
+        device: of the model.
+        what: it is called in the progress.
+        progress: whether to show progress.
+
+    Raises:
+        NonFiniteError: if the loss becomes NaN or infinite.
+    """
+    with _accelerator(config, device) as accelerator:
+        run = _Run(model, feed, objective, config, accelerator, score, checkpoint)
+        run.start()
+        total = config.epochs * len(feed)
+        steps = track(run.steps(), what, total=total - run.done, enabled=progress)
+        for _ in steps:
+            pass
+        return run.finished()
+
+
+@contextmanager
+def _accelerator(config: FinetuneConfig, device: torch.device) -> Generator[Accelerator]:
+    """An accelerator of our own; a user's keeps its settings, which accelerate shares by class."""
+    shared: list[dict[str, Any]] = [
+        state._shared_state  # pyright: ignore[reportPrivateUsage]
+        for state in (AcceleratorState, GradientState, PartialState)
+    ]
+    before = [dict(state) for state in shared]
+    for state in shared:
+        state.clear()
+    try:
+        yield Accelerator(
+            mixed_precision=config.precision, cpu=device.type == "cpu", device_placement=False
+        )
+    finally:
+        for state, old in zip(shared, before, strict=True):
+            state.clear()
+            state.update(old)
+
+
+class _Run:
+    """The state of a run, which a checkpoint keeps, and the steps that change it."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        feed: Feed,
+        objective: Callable[[nn.Module, Batch], Tensor],
+        config: FinetuneConfig,
+        accelerator: Accelerator,
+        score: Callable[[nn.Module], float] | None,
+        checkpoint: Checkpoint | None,
+    ) -> None:
+        self._model = model
+        self._feed = feed
+        self._objective = objective
+        self._config = config
+        self._accelerator = accelerator
+        self._score = score
+        self._checkpoint = checkpoint
+        self._trained = [p for p in model.parameters() if p.requires_grad]
+        self._optimizer: Any = accelerator.prepare_optimizer(_optimizer(self._trained, config))
+        self._schedule = _schedule(self._optimizer.optimizer, config, self._updates)
+        self._wrapped: nn.Module = model
+        if accelerator.num_processes > 1:
+            ids = None if accelerator.device.type == "cpu" else [accelerator.device.index]
+            self._wrapped = nn.parallel.DistributedDataParallel(model, device_ids=ids)
+        self._epoch = 0
+        self._step = 0  # batches of the epoch that were trained on
+        self._total = 0.0
+        self._losses: list[float] = []
+        self._scores: list[float] = []
+        self._best = 0
+        self._best_state: dict[str, Tensor] = {}
+        self._random: dict[str, Any] | None = None
+
+    @property
+    def _updates(self) -> int:
+        return self._config.epochs * math.ceil(len(self._feed) / self._config.accumulate)
+
+    @property
+    def done(self) -> int:
+        """Batches that were trained on."""
+        return self._epoch * len(self._feed) + self._step
+
+    def start(self) -> None:
+        """Take up the state of the checkpoint, or measure where the model stands."""
+        found = None if self._checkpoint is None else self._checkpoint.load()
+        if found is not None:
+            self._take_up(found)
+        elif self._score is not None:
+            self._judge(0)
+
+    def steps(self) -> Iterator[None]:
+        """Train to the end; one item a batch."""
+        while self._epoch < self._config.epochs:
+            batches = self._feed.batches(self._epoch)
+            # A pass that was begun is gone through again, so that loaders draw what they drew.
+            for _ in islice(batches, self._step):
+                pass
+            if self._random is not None:
+                restore_random_state(self._random)
+                self._random = None
+            while group := list(islice(batches, self._config.accumulate)):
+                self._update(group)
+                self._step += len(group)
+                yield from (None for _ in group)
+                if self._checkpoint is not None and self._due(self._checkpoint):
+                    self._save()
+            self._epoch_done()
+
+    def finished(self) -> Training:
+        """Leave the best weights in the model."""
+        self._optimizer.zero_grad(set_to_none=True)
+        if self._score is not None:
+            self._model.load_state_dict(self._best_state)
+        best = self._best if self._score is not None else self._config.epochs
+        return Training(tuple(self._losses), tuple(self._scores), best)
+
+    def _update(self, group: list[Batch]) -> None:
+        for index, batch in enumerate(group):
+            last = index + 1 == len(group)
+            held_back = self._accelerator.no_sync(self._wrapped) if not last else nullcontext()
+            with held_back:
+                with self._accelerator.autocast():
+                    loss = self._objective(self._wrapped, batch)
+                if not bool(torch.isfinite(loss)):
+                    raise NonFiniteError(
+                        f"the loss became {loss.item()} in epoch {self._epoch + 1}, batch "
+                        f"{self._step + index}; lower the learning rate (it is "
+                        f"{self._config.learning_rate}), or set clip"
+                    )
+                self._accelerator.backward(loss / len(group))
+            self._total += loss.item()
+        if self._config.clip is not None:
+            self._accelerator.clip_grad_norm_(self._trained, self._config.clip)
+        self._optimizer.step()
+        if not self._optimizer.step_was_skipped:
+            self._schedule.step()
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def _epoch_done(self) -> None:
+        self._losses.append(self._mean_loss())
+        self._total = 0.0
+        self._epoch, self._step = self._epoch + 1, 0
+        if self._score is not None:
+            self._judge(self._epoch)
+        if self._checkpoint is not None:
+            self._save()
+
+    def _mean_loss(self) -> float:
+        sums = torch.tensor([self._total, float(self._step)], dtype=torch.float64)
+        if self._accelerator.num_processes > 1:
+            reduced = self._accelerator.reduce(sums.float().to(self._accelerator.device), "sum")
+            sums = cast(Tensor, reduced)
+            # Batch norms' statistics are those of each process's own batches: the first's count.
+            for buffer in self._model.buffers():
+                torch.distributed.broadcast(buffer, src=0)
+        return float(sums[0] / sums[1].clamp_min(1))
+
+    def _judge(self, epochs: int) -> None:
+        assert self._score is not None
+        self._scores.append(self._score(self._model))
+        if epochs and self._scores[-1] <= min(self._scores[1:]):
+            self._best = epochs
+            self._best_state = {k: v.clone() for k, v in self._model.state_dict().items()}
+
+    def _due(self, checkpoint: Checkpoint) -> bool:
+        due = checkpoint.due
+        if self._accelerator.num_processes > 1:
+            flag = torch.tensor([float(due)], device=self._accelerator.device)
+            due = bool(cast(Tensor, self._accelerator.reduce(flag, "sum")) > 0)
+        return due
+
+    def _save(self) -> None:
+        assert self._checkpoint is not None
+        scaler = self._accelerator.scaler
+        self._checkpoint.save(
+            {
+                "epoch": self._epoch,
+                "step": self._step,
+                "total": self._total,
+                "losses": self._losses,
+                "scores": self._scores,
+                "best": self._best,
+                "best_state": self._best_state,
+                "model": self._model.state_dict(),
+                "optimizer": self._optimizer.state_dict(),
+                "schedule": self._schedule.state_dict(),
+                "scaler": None if scaler is None else scaler.state_dict(),
+                "random": random_state(),
+            }
+        )
+
+    def _take_up(self, state: dict[str, Any]) -> None:
+        self._epoch, self._step = state["epoch"], state["step"]
+        self._total = state["total"]
+        self._losses, self._scores = list(state["losses"]), list(state["scores"])
+        self._best, self._best_state = state["best"], state["best_state"]
+        self._model.load_state_dict(state["model"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._schedule.load_state_dict(state["schedule"])
+        if state["scaler"] is not None and self._accelerator.scaler is not None:
+            self._accelerator.scaler.load_state_dict(state["scaler"])
+        self._random = state["random"]
+
+
+def _optimizer(parameters: list[nn.Parameter], config: FinetuneConfig) -> torch.optim.Optimizer:
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(
+            parameters, lr=config.learning_rate, weight_decay=config.weight_decay
+        )
+    return torch.optim.SGD(
+        parameters,
+        lr=config.learning_rate,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        nesterov=config.momentum > 0,
+    )
+
+
+def _schedule(
+    optimizer: torch.optim.Optimizer, config: FinetuneConfig, updates: int
+) -> LRScheduler:
+    if config.schedule == "one-cycle":
+        return OneCycleLR(
+            optimizer,
+            config.learning_rate,
+            total_steps=max(2, updates + 1),
+            cycle_momentum=False,
+        )
+    if config.schedule == "cosine":
+        return CosineAnnealingLR(optimizer, T_max=updates)
+    return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)

@@ -1,0 +1,133 @@
+"""Polish: distilling the original into a smaller network on a few inputs without labels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from eigendamage.batches import Batch, device_of
+from eigendamage.curvature import Loss, head_of
+from eigendamage.errors import EigenDamageError
+from eigendamage.layers import evaluating
+from eigendamage.training._augment import Augment
+from eigendamage.training._config import FinetuneConfig
+from eigendamage.training._feed import PoolFeed
+from eigendamage.training._finetune import mean_score, training_of
+from eigendamage.training._loop import Training, train
+from eigendamage.training._objective import Objective
+from eigendamage.training._pool import Pool, mapped, tensor_of
+
+
+@dataclass(frozen=True)
+class PolishConfig:
+    """How to polish.
+
+    Attributes:
+        passes: over the inputs.
+        batch_size: inputs a step, where they can be mixed.
+        learning_rate: the peak of the one-cycle schedule.
+        momentum: of SGD, with Nesterov's step.
+        clip: the most that the norm of all gradients together may be.
+        temperature: that both networks' logits are divided by.
+        augment: changes inputs before both networks see them; None for nothing.
+    """
+
+    passes: int = 10
+    batch_size: int = 64
+    learning_rate: float = 0.01
+    momentum: float = 0.9
+    clip: float | None = None
+    temperature: float = 4.0
+    augment: Augment | None = None
+
+    def training(self, seed: int) -> FinetuneConfig:
+        """The same as a config of the loop.
+
+        Raises:
+            EigenDamageError: naming a field that cannot be.
+        """
+        for field in ("passes", "batch_size"):
+            if getattr(self, field) < 1:
+                raise EigenDamageError(f"{field} is {getattr(self, field)}; expected at least 1")
+        config = FinetuneConfig(
+            epochs=self.passes,
+            learning_rate=self.learning_rate,
+            momentum=self.momentum,
+            weight_decay=0.0,
+            clip=self.clip,
+            seed=seed,
+        )
+        config.check()
+        return config
+
+
+def polish(
+    model: nn.Module,
+    original: nn.Module,
+    data: Iterable[Batch],
+    *,
+    held_out: Iterable[Batch],
+    config: PolishConfig | None = None,
+    loss: Loss = "cross_entropy",
+    seed: int = 0,
+    progress: bool = True,
+) -> Training:
+    """Train a smaller network, in place, to predict what the original does, without labels.
+
+    Knowledge distillation (Hinton et al. 2015) with SGD and one cycle, on the few inputs that the
+    curvature saw. Both networks run as in evaluation, so batch norms keep their statistics. After
+    each pass the divergence on held-out inputs is measured, and in the end the model has the
+    weights of the best pass, or those that it came with if none was better.
+
+    Args:
+        model: the network to train. Only parameters that require gradients change.
+        original: the network that it was made of; not changed.
+        data: what to train on; kept in memory.
+        held_out: other inputs, to choose the best pass by.
+        config: how to train.
+        loss: which divergence: ``cross_entropy``, ``mse`` or ``bce``.
+        seed: of the order of the inputs and of their augmentation.
+        progress: whether to show progress.
+
+    Raises:
+        DataError: if there is nothing to train on.
+        LossError: if the loss is a function, which has no divergence.
+        NonFiniteError: if the divergence becomes NaN or infinite.
+        EigenDamageError: if no parameter can be trained, or the config cannot be.
+    """
+    config = config or PolishConfig()
+    training = config.training(seed)
+    objective = Objective(head_of(loss), original, temperature=config.temperature, label_share=0.0)
+    pool = Pool(data, config.batch_size)
+    judged = list(held_out)
+    feed = PoolFeed(pool.shuffled, pool.steps, partial(_augmented, config.augment), seed)
+    with training_of(model, original), evaluating(model):
+        return train(
+            model,
+            feed,
+            objective,
+            training,
+            score=partial(mean_score, objective, judged),
+            checkpoint=None,
+            device=device_of(model),
+            what="polish",
+            progress=progress,
+        )
+
+
+def _augmented(augment: Augment | None, batch: Batch, draws: torch.Generator) -> Batch:
+    if augment is None:
+        return batch
+    if tensor_of(batch) is None:
+        raise EigenDamageError(
+            "augment= changes inputs that are one tensor; this data has others, so leave it out"
+        )
+
+    def change(x: Tensor) -> Tensor:
+        return augment(x, draws)
+
+    return mapped(batch, change, batch.size)
