@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import eigendamage as ed
-from eigendamage.rounds import split_batches
+from eigendamage.compare._dealt import Dealt
 
 
 def network() -> nn.Module:
@@ -39,77 +39,106 @@ def batches(count: int = 4) -> list[tuple[torch.Tensor, torch.Tensor]]:
 def test_the_whole_budget_is_met_in_equal_steps(method: str, unit: str) -> None:
     model, data = network(), batches()
     budget = ed.Budget(macs=0.4) if unit == "macs" else ed.Budget(params=0.4)
-    result = ed.compress_in_rounds(
-        model, data, budget=budget, rounds=3, method=method, progress=False
-    )
+    result = ed.compress(model, data, budget=budget, rounds=3, method=method, progress=False)
     before, after = ed.count(model, data), ed.count(result.model, data)
     whole = after.macs / before.macs if unit == "macs" else after.parameters / before.parameters
     assert whole <= 0.4 + 1e-9
-    assert len(result.rounds) == 3
+    report = result.report
+    assert report.macs == (before.macs, after.macs)
+    assert report.parameters == (before.parameters, after.parameters)
+    assert len(report.rounds) == 3
+    assert len(result.earlier) == 2
     left = 1.0
-    for index, one in enumerate(result.rounds):
-        sizes = getattr(one.compressed.plan, "macs" if unit == "macs" else "parameters")
-        left *= sizes[1] / sizes[0]
+    for index, plan in enumerate((*result.earlier, result.plan)):
+        left *= plan.left("macs" if unit == "macs" else "params")
         assert left <= 0.4 ** ((index + 1) / 3) + 1e-9
-        assert one.tuned is None
+        one = report.rounds[index]
+        assert one.finetuned is None
+        share = one.macs / before.macs if unit == "macs" else one.parameters / before.parameters
+        assert share == pytest.approx(left, abs=0.02)
 
 
-def test_training_between_rounds_changes_the_result_and_leaves_the_input_alone() -> None:
+@pytest.mark.parametrize("method", ["eigendamage", "auto"])
+def test_training_after_each_round_changes_the_result_and_leaves_the_input_alone(
+    method: str,
+) -> None:
     model, data = network(), batches(6)
     weights = copy.deepcopy(model.state_dict())
-    untrained, trained = (
-        ed.compress_in_rounds(
+    trained = ed.compress(
+        model,
+        data,
+        budget=ed.Budget(macs=0.5),
+        method=method,
+        rounds=2,
+        epochs=2,
+        finetuning=ed.FinetuneConfig(learning_rate=0.01),
+        progress=False,
+    )
+    assert all(torch.equal(weights[k], v) for k, v in model.state_dict().items())
+    report = trained.report
+    assert len(report.rounds) == 2
+    for one in report.rounds:
+        assert one.finetuned is not None
+        assert one.training is not None
+        assert len(one.training.losses) == 2
+        assert len(one.training.scores) == 3
+        assert one.finetuned != one.untrained
+    # Everything is held against the original, not against what a round began with.
+    true = ed.evaluate(trained.model, data, reference=model, progress=False)
+    assert report.final is report.finetuned
+    assert report.final.divergence == pytest.approx(true.divergence)
+    assert ed.count(trained.model, data).macs <= 0.5 * ed.count(model, data).macs
+
+
+def test_one_round_without_training_is_compress() -> None:
+    model, data = network(), batches()
+    once, rounds = (
+        ed.compress(
             model,
             data,
             budget=ed.Budget(macs=0.5),
             method="eigendamage",
-            rounds=2,
-            train_data=train,
-            finetuning=ed.FinetuneConfig(epochs=2),
+            rounds=1,
+            epochs=epochs,
+            finetuning=ed.FinetuneConfig(learning_rate=1e-12, weight_decay=0.0) if epochs else None,
             progress=False,
         )
-        for train in (None, data)
+        for epochs in (0, 1)
     )
-    assert all(torch.equal(weights[k], v) for k, v in model.state_dict().items())
-    assert [r.tuned is None for r in untrained.rounds] == [True, True]
-    assert all(r.tuned is not None and r.tuned.divergence for r in trained.rounds)
-    # The untouched result of surgery is handed out too, not the trained model under its name.
-    first = trained.rounds[0].compressed
-    assert all(
-        torch.equal(v, first.model.state_dict()[k])
-        for k, v in untrained.rounds[0].compressed.model.state_dict().items()
-    )
-    x = data[0][0]
-    assert not torch.allclose(untrained.model(x), trained.model(x))
+    assert rounds.plan == once.plan
+    assert rounds.report.rounds[0].untrained == once.report.final
 
 
-def test_one_round_is_compress() -> None:
-    model, data = network(), batches()
-    once = ed.compress(
-        model, data, budget=ed.Budget(macs=0.5), method="eigendamage", progress=False
+def test_data_without_labels_is_distilled() -> None:
+    model = network()
+    data = [x for x, _ in batches(6)]
+    result = ed.compress(
+        model,
+        data,
+        budget=ed.Budget(macs=0.4),
+        method="eigendamage",
+        epochs=4,
+        finetuning=ed.FinetuneConfig(learning_rate=0.02),
+        progress=False,
     )
-    rounds = ed.compress_in_rounds(
-        model, data, budget=ed.Budget(macs=0.5), method="eigendamage", rounds=1, progress=False
-    )
-    assert rounds.rounds[0].compressed.plan == once.plan
-    x = data[0][0]
-    assert torch.equal(once.model(x), rounds.model(x))
+    untrained, tuned = result.report.rounds[0].untrained, result.report.finetuned
+    assert tuned is not None
+    assert tuned.divergence is not None
+    assert untrained.divergence is not None
+    assert tuned.divergence < untrained.divergence
 
 
-def test_every_batch_trains_in_one_round_only_and_every_pass_is_a_new_one() -> None:
-    parts = split_batches(range(7), 3)
-    assert [list(part) for part in parts] == [[0, 3, 6], [1, 4], [2, 5]]
-    assert [len(part) for part in parts] == [3, 2, 2]
-    images = ed.zoo.ImageSet(torch.randn(12, 1, 8, 8)).batches(3, shuffle_seed=0, augment=True)
-    share = split_batches(images, 2)[0]
-    first, second = list(share), list(share)
-    assert not torch.equal(first[0], second[0]), "augmented anew in each epoch"
+def test_batches_are_dealt_out_so_that_every_one_trains_once() -> None:
+    dealt = Dealt(range(7), 3)
+    assert len(dealt) == 2
+    passes = [list(dealt) for _ in range(4)]
+    assert passes == [[0, 3], [1, 4], [2, 5], [0, 3]]
     with pytest.raises(ed.DataError, match="2 batches of training data cannot be split"):
-        split_batches([1, 2], 3)
+        Dealt([1, 2], 3)
 
 
 def test_what_is_ignored_is_ignored_in_every_round() -> None:
-    result = ed.compress_in_rounds(
+    result = ed.compress(
         network(),
         (batch for batch in batches()),
         budget=ed.Budget(params=0.6),
@@ -118,12 +147,20 @@ def test_what_is_ignored_is_ignored_in_every_round() -> None:
         ignore=iter(["0"]),
         progress=False,
     )
-    for one in result.rounds:
-        assert "0" not in one.compressed.plan.changed
+    for plan in (*result.earlier, result.plan):
+        assert "0" not in plan.changed
 
 
-def test_no_round_is_refused() -> None:
-    with pytest.raises(ed.EigenDamageError, match="rounds is 0"):
-        ed.compress_in_rounds(
-            network(), batches(), budget=ed.Budget(macs=0.5), method="eigendamage", rounds=0
-        )
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"rounds": 0}, "rounds is 0"),
+        ({"epochs": -1}, "epochs is -1"),
+        ({"directory": "somewhere"}, "give epochs="),
+        ({"shots": 2, "epochs": 1, "method": "auto"}, "shots are not trained between"),
+    ],
+)
+def test_what_cannot_be_is_refused(options: dict[str, object], said: str) -> None:
+    arguments = {"method": "eigendamage", "budget": ed.Budget(macs=0.5), **options}
+    with pytest.raises(ed.EigenDamageError, match=said):
+        ed.compress(network(), batches(), **arguments)  # type: ignore[arg-type]

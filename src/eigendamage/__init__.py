@@ -59,12 +59,12 @@ from eigendamage.report import plot_sweep as plot_sweep
 from eigendamage.report import print_comparison as print_comparison
 from eigendamage.report import print_report as print_report
 from eigendamage.report import print_sweep as print_sweep
-from eigendamage.rounds import Round as Round
-from eigendamage.rounds import Rounds as Rounds
-from eigendamage.rounds import compress_in_rounds as compress_in_rounds
 from eigendamage.surgery import Repairs as Repairs
 from eigendamage.surgery import apply_plan as apply_plan
 from eigendamage.surgery import recalibrate_batchnorm as recalibrate_batchnorm
 from eigendamage.surgery import repair_model as repair_model
 from eigendamage.training import FinetuneConfig as FinetuneConfig
+from eigendamage.training import PolishConfig as PolishConfig
+from eigendamage.training import Training as Training
+from eigendamage.training import crops_and_flips as crops_and_flips
 from eigendamage.training import finetune as finetune

@@ -65,7 +65,7 @@ def compare(
         model: the trained network.
         data: inputs for the curvature, as for `compress`.
         eval_data: held-out batches to measure on, with labels if accuracy is to be known.
-        methods: ``METHOD[:VARIANT][@ROUNDS]`` each; see `make_plan` and `compress_in_rounds`.
+        methods: ``METHOD[:VARIANT][@ROUNDS]`` each; see `make_plan` and `compress`.
         budgets: fractions of the model to leave. Methods that mask single weights leave that
             fraction of the weights, and all MACs and parameters.
         unit: what budgets are fractions of: ``macs`` or ``params``.
@@ -146,7 +146,9 @@ def compare(
         curvature=curvature,
         no_channels=no_channels,
         train_data=train_data if epochs else None,
-        config=FinetuneConfig(epochs=max(1, epochs), learning_rate=learning_rate),
+        config=FinetuneConfig(
+            epochs=max(1, epochs), learning_rate=learning_rate, held_out=0.0, label_share=1.0, seed=seed
+        ),
         fisher=fisher,
         max_examples=max_examples,
         seed=seed,

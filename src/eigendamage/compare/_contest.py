@@ -12,13 +12,13 @@ from torch import nn
 
 from eigendamage.batches import Data
 from eigendamage.compare._competitor import Competitor
+from eigendamage.compare._dealt import Dealt
 from eigendamage.compress import compress
 from eigendamage.curvature import Curvature, Fisher, preserved_random_state
 from eigendamage.errors import EigenDamageError
 from eigendamage.measure import Evaluation, evaluate
 from eigendamage.plan import Budget, Unit, needs
 from eigendamage.report import Measured, Report, Row
-from eigendamage.rounds import compress_in_rounds
 from eigendamage.training import FinetuneConfig, finetune
 
 
@@ -70,41 +70,36 @@ class Contest:
 
     def _in_rounds(self, competitor: Competitor, fraction: float, budget: Budget) -> Row:
         start = time.perf_counter()
-        result = compress_in_rounds(
+        rounds = competitor.rounds
+        shares = None if self.train_data is None else Dealt(self.train_data(), rounds)
+        result = compress(
             self.model,
             self.data,
             budget=budget,
-            rounds=competitor.rounds,
-            train_data=None if self.train_data is None else self.train_data(),
-            finetuning=self.config,
+            rounds=rounds,
+            epochs=0 if shares is None else self.config.epochs,
+            train_data=shares,
+            finetuning=None if shares is None else self.config,
             method=competitor.method,
             variant=competitor.variant,
             eval_data=self.eval_data,
             curvature=self.curvature,
             fisher=self.fisher,
             max_examples=self.max_examples,
+            calibration_examples=0,
             seed=self.seed,
             progress=self.progress,
         )
-        spent = time.perf_counter() - start
-        last = result.rounds[-1]
-        # A round's report is relative to the round before it; a row is to the original.
-        report = last.compressed.report
-        handed_back = Measured.of(self._measured(last.compressed.model))
-        surgery, recalibrated = handed_back, None
-        if report.recalibrated is not None:
-            surgery = _untrained(report).model_copy(update={"divergence": None})
-            recalibrated = handed_back
-        macs = report.macs[1] / result.rounds[0].compressed.report.macs[0]
+        report = result.report
         return Row(
             method=competitor.name,
             budget=fraction,
-            macs=macs,
+            macs=report.macs[1] / report.macs[0],
             parameters=_left(result.model, self.model),
-            surgery=surgery,
-            recalibrated=recalibrated,
-            tuned=None if last.tuned is None else Measured.of(last.tuned),
-            seconds={"rounds": spent},
+            surgery=_untrained(report),
+            recalibrated=report.recalibrated,
+            tuned=report.finetuned,
+            seconds={"rounds": time.perf_counter() - start},
             masks=competitor.masks,
         )
 

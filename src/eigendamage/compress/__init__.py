@@ -1,6 +1,7 @@
 """From a model and data to a smaller model and a report, in one call; or to many of them."""
 
-from eigendamage.compress._compress import Compressed, compress
+from eigendamage.compress._compress import compress
+from eigendamage.compress._result import Compressed
 from eigendamage.compress._sweep import BUDGETS, sweep
 
 __all__ = ["BUDGETS", "Compressed", "compress", "sweep"]

@@ -3,57 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import partial
-from typing import Literal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
 
 from torch import nn
 
 from eigendamage.batches import Data
-from eigendamage.compress._prepare import Preparation, prepared, require_loss
-from eigendamage.compress._report import report_of
-from eigendamage.compress._search import in_shots
-from eigendamage.compress._steps import Built, Source, built
+from eigendamage.compress._once import check, once
+from eigendamage.compress._result import Compressed, Options
+from eigendamage.compress._rounds import RoundTraining, in_rounds
 from eigendamage.curvature import Curvature, EigenvalueKind, Fisher, Loss
 from eigendamage.errors import EigenDamageError
-from eigendamage.layers import copy_model
 from eigendamage.plan import (
     ACTIONS,
     ActionKind,
     AutoMethod,
     Budget,
     FormChoice,
-    Plan,
     RankBy,
-    check_options,
-    make_plan,
     method_named,
 )
-from eigendamage.report import (
-    Report,
-)
-from eigendamage.surgery import Repairs, recalibrate_batchnorm
-
-
-@dataclass(frozen=True, eq=False)
-class Compressed:
-    """What `compress` returns.
-
-    Attributes:
-        model: the smaller model, a plain module.
-        plan: what was done to each layer; of several shots the last, made of the shot before.
-        curvature: what it was decided by; another budget needs no new one.
-        report: what was expected and what was measured.
-        earlier: the plans of earlier shots.
-        repairs: what the repair did to each layer; None if there was none.
-    """
-
-    model: nn.Module
-    plan: Plan
-    curvature: Curvature
-    report: Report
-    earlier: tuple[Plan, ...] = ()
-    repairs: Repairs | None = None
+from eigendamage.training import FinetuneConfig, PolishConfig
 
 
 def compress(
@@ -79,8 +50,13 @@ def compress(
     refine: int = 30,
     calibrate: bool | None = None,
     repair: bool | None = None,
+    polish: int | PolishConfig = 0,
     shots: int = 1,
     rounds: int = 1,
+    epochs: int = 0,
+    train_data: Iterable[Any] | None = None,
+    finetuning: FinetuneConfig | None = None,
+    directory: str | Path | None = None,
     latency_batch: int = 1,
     max_examples: int | None = None,
     recalibrate: bool | None = None,
@@ -123,9 +99,22 @@ def compress(
             alone. By default where the loss has a divergence.
         repair: whether changed layers are refitted, without labels, to return what the original's
             return. By default for ``auto`` alone.
-        shots: split the budget into so many steps, each with curvature and repair of its own.
-        rounds: the same, but a step that makes the divergence on held-out inputs worse than doing
-            without the one before it is taken back.
+        polish: passes of label-free distillation over ``data`` at the end, the tenth held out
+            choosing the best one (see `PolishConfig`); 0 for none.
+        shots: for ``auto``: split the budget into so many steps, each with curvature and repair of
+            its own.
+        rounds: the same for every method, each with ``epochs`` of training at its end, and with its
+            own calibration, held against the model that the round began with. Bases of factored
+            layers are merged, so that no layer gets more than three stages (Wang et al. 2019,
+            section 4.3). Without training a step of ``auto`` that makes the divergence on held-out
+            inputs worse than doing without the one before it is taken back.
+        epochs: of fine-tuning after each round, on labels where there are any and on what ``model``
+            predicts (see `finetune`).
+        train_data: batches to fine-tune on, of known length; ``data`` by default.
+        finetuning: how; its epochs are ``epochs``.
+        directory: a folder for the state of the rounds, made if it is not there. Called again with
+            the same arguments, `compress` goes on from where it was stopped, and ends with the same
+            weights.
         latency_batch: examples a call where latency is measured.
         max_examples: the most examples of ``data`` to use.
         recalibrate: measure batch norm's statistics again on ``data``, without labels. By default
@@ -144,118 +133,77 @@ def compress(
         BudgetError: if the budget cannot be met; the message says what can.
         EigenDamageError: another of its subclasses, as `estimate_curvature` and `make_plan` say.
     """
-    check_options(
-        budget,
+    ignored = (ignore,) if isinstance(ignore, str) else tuple(ignore)
+    options = Options(
+        budget=budget,
         method=method,
         variant=variant,
-        max_ratio=max_ratio,
-        form=form,
-        damping=damping,
-        rank_by=rank_by,
-    )
-    auto = isinstance(method_named(method), AutoMethod)
-    _check_steps(shots, rounds, auto, budget)
-    eval_data = list(eval_data) if isinstance(eval_data, Iterator) else eval_data
-    ready = prepared(
-        model,
-        data,
-        [budget],
-        method=method,
         loss=loss,
         fisher=fisher,
         eigenvalues=eigenvalues,
         max_ratio=max_ratio,
+        form=form,
         damping=damping,
-        actions=actions,
+        rank_by=rank_by,
+        ignore=ignored,
+        actions=tuple(actions),
         multiple=multiple,
         floors=floors,
         refine=refine,
         calibrate=calibrate,
         repair=repair,
+        polish=PolishConfig(passes=polish)
+        if polish and isinstance(polish, int)
+        else polish or None,
+        shots=shots,
+        back=False,
         latency_batch=latency_batch,
         max_examples=max_examples,
+        recalibrate=recalibrate,
+        calibration_examples=calibration_examples,
         reduction=reduction,
         seed=seed,
         progress=progress,
     )
-    settings = ready.settings
-    ignored = (ignore,) if isinstance(ignore, str) else tuple(ignore)
-    if curvature is None:
-        curvature, ignored = ready.curvature(model, ignored), ()
-    require_loss(curvature, loss)
-    if auto:
-        chain = in_shots(
-            model,
-            ready.source(model, curvature, ignored),
-            budget,
-            settings,
-            ready.timing,
-            partial(ready.source_like, curvature),
-            shots=max(shots, rounds),
-            go_back=rounds > 1,
-        )
-    else:
-        with settings.clock.stage("plan"):
-            plan = make_plan(
-                model,
-                curvature,
-                budget,
-                method=method,
-                variant=variant,
-                max_ratio=max_ratio,
-                form=form,
-                eigenvalues=eigenvalues if curvature.kind == "ekfac" else None,
-                damping=damping,
-                rank_by=rank_by,
-                ignore=ignored,
-                seed=seed,
+    check(options)
+    auto = isinstance(method_named(method), AutoMethod)
+    _check_steps(shots, rounds, epochs, auto, budget)
+    if epochs == 0 and (auto or rounds == 1):
+        if train_data is not None or finetuning is not None or directory is not None:
+            raise EigenDamageError(
+                "train_data, finetuning and directory are for rounds with training; give epochs="
             )
-        chain = [built(model, Source(model, curvature, None), plan, settings)]
-    last = chain[-1]
-    recalibrate = not settings.repair if recalibrate is None else recalibrate
-    anew = with_statistics_anew(last, ready) if recalibrate else None
-    return Compressed(
-        model=last.model if anew is None else anew,
-        plan=last.plan,
+        options = replace(options, shots=max(shots, rounds), back=rounds > 1)
+        return once(model, data, options, eval_data=eval_data, curvature=curvature)
+    # One view of the data for all rounds: a generator is used up by the first.
+    data = list(data) if isinstance(data, Iterator) else data
+    training = None
+    if epochs:
+        config = replace(finetuning or FinetuneConfig(), epochs=epochs)
+        training = RoundTraining(data if train_data is None else train_data, config)
+    return in_rounds(
+        model,
+        data,
+        options,
+        rounds=rounds,
+        training=training,
+        eval_data=list(eval_data) if isinstance(eval_data, Iterator) else eval_data,
         curvature=curvature,
-        report=report_of(
-            model,
-            chain,
-            anew,
-            eval_data,
-            curvature,
-            ready,
-            traces=(0 if auto else 64) if calibration_examples is None else calibration_examples,
-            budget=budget,
-        ),
-        earlier=tuple(shot.plan for shot in chain[:-1]),
-        repairs=last.repairs,
+        directory=None if directory is None else Path(directory),
     )
 
 
-def with_statistics_anew(built: Built, ready: Preparation) -> nn.Module | None:
-    """What was built with its batch norms' statistics measured again; None if nothing changes."""
-    if not built.plan.changed:
-        return None
-    with ready.settings.clock.stage("batch norm"):
-        again = copy_model(built.model)
-        norms = recalibrate_batchnorm(
-            again, ready.data, max_examples=ready.max_examples, progress=ready.settings.progress
-        )
-    return again if norms else None
-
-
-def _check_steps(shots: int, rounds: int, auto: bool, budget: Budget) -> None:
-    for what, value in (("shots", shots), ("rounds", rounds)):
-        if value < 1:
-            raise EigenDamageError(f"{what} is {value}; it must be at least 1")
+def _check_steps(shots: int, rounds: int, epochs: int, auto: bool, budget: Budget) -> None:
+    for what, value, least in (("shots", shots, 1), ("rounds", rounds, 1), ("epochs", epochs, 0)):
+        if value < least:
+            raise EigenDamageError(f"{what} is {value}; it must be at least {least}")
     if shots > 1 and rounds > 1:
         raise EigenDamageError("give shots or rounds, not both")
     if budget.loss is not None and max(shots, rounds) > 1:
         raise EigenDamageError(
             "a budget of loss is searched for in one shot; give shots or rounds with a size"
         )
-    if not auto and max(shots, rounds) > 1:
-        raise EigenDamageError(
-            "shots and rounds are for method='auto'; for other methods see compress_in_rounds"
-        )
+    if not auto and shots > 1:
+        raise EigenDamageError("shots are for method='auto'; for other methods give rounds")
+    if shots > 1 and epochs:
+        raise EigenDamageError("shots are not trained between; give rounds with epochs")

@@ -23,7 +23,7 @@ from eigendamage.curvature import (
     head_of,
     loss_name,
 )
-from eigendamage.errors import ChannelError, EigenDamageError, MismatchError
+from eigendamage.errors import ChannelError, EigenDamageError, LossError, MismatchError
 from eigendamage.layers import ON_REQUEST, find_layers
 from eigendamage.measure import measure_latency_table
 from eigendamage.plan import (
@@ -176,6 +176,7 @@ def prepared(
     refine: int,
     calibrate: bool | None,
     repair: bool | None,
+    polish: bool,
     latency_batch: int,
     max_examples: int | None,
     reduction: Literal["mean", "sum"],
@@ -184,7 +185,8 @@ def prepared(
 ) -> Preparation:
     """Settle what `compress` leaves open, and hold out data where something is judged by it.
 
-    Args are those of `compress`; ``budgets`` are all that are to be met.
+    Args are those of `compress`; ``budgets`` are all that are to be met, ``polish`` is whether
+    there will be one.
 
     Raises:
         DataError: if nothing can be held out.
@@ -201,12 +203,16 @@ def prepared(
             f"floors, multiple and actions are for method='auto', not for '{method}'"
         )
     predictive = isinstance(head_of(loss, reduction), PredictiveHead)
+    if polish and not predictive:
+        raise LossError(
+            "a polish needs a loss with a divergence: cross_entropy, mse or bce, not a function"
+        )
     repair = auto if repair is None else repair
     calibrate = (auto and predictive) if calibrate is None else calibrate
     # One view of the data for all stages: a generator is used up by the first.
     data = list(data) if isinstance(data, Iterator) else data
     parts: Parts | None = None
-    if repair or calibrate or any(budget.loss is not None for budget in budgets):
+    if repair or calibrate or polish or any(budget.loss is not None for budget in budgets):
         parts = split(data, device_of(model), max_examples)
     timed = any(budget.latency is not None for budget in budgets)
     if multiple is None:

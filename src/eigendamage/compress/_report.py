@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch import nn
 
@@ -12,20 +13,40 @@ from eigendamage.compress._steps import Built
 from eigendamage.compress._truth import truth_of
 from eigendamage.curvature import Curvature, calibration_table
 from eigendamage.measure import count, evaluate_together
-from eigendamage.plan import Budget
+from eigendamage.plan import Budget, Plan
 from eigendamage.report import (
     Environment,
     Measured,
     Report,
+    TrainingReport,
     calibration_by_layer,
     layer_reports,
 )
 
 
+@dataclass(frozen=True, eq=False)
+class Versions:
+    """The models beside those that were built that a report tells of.
+
+    Attributes:
+        original: that results are measured against.
+        plans: of earlier rounds, which began with it.
+        anew: the result with batch norm's statistics measured again; None if they were not.
+        polished: after the polish; None if there was none.
+        polish: how that went.
+    """
+
+    original: nn.Module
+    plans: tuple[Plan, ...]
+    anew: nn.Module | None
+    polished: nn.Module | None
+    polish: TrainingReport | None
+
+
 def report_of(
     model: nn.Module,
     chain: Sequence[Built],
-    anew: nn.Module | None,
+    beside: Versions,
     eval_data: Data | None,
     curvature: Curvature,
     ready: Preparation,
@@ -36,9 +57,9 @@ def report_of(
     """What was expected and what is measured now.
 
     Args:
-        model: the original.
+        model: what the shots began with.
         chain: the shots that led to the result.
-        anew: the result with batch norm's statistics measured again; None if they were not.
+        beside: what else is measured.
         eval_data: what to measure on; the data itself if there is none.
         curvature: of the original.
         ready: the data and what the steps share.
@@ -49,7 +70,8 @@ def report_of(
     last, clock = chain[-1], settings.clock
     plan = last.plan
     repaired = last.model if last.repairs is not None else None
-    versions = [model, last.cut, *(m for m in (repaired, anew) if m is not None)]
+    after = [m for m in (repaired, beside.anew, beside.polished) if m is not None]
+    versions = [beside.original, last.cut, *after]
     with clock.stage("measurement"):
         measured = evaluate_together(
             versions,
@@ -73,25 +95,29 @@ def report_of(
                 seed=settings.seed,
             )
     found = [Measured.of(m) for m in measured]
+    results = dict(zip(map(id, versions), found, strict=True))
+    first = (*beside.plans, *(shot.plan for shot in chain))[0]
     prices = [shot.plan.price for shot in chain]
-    before, after = count(model, data), count(versions[-1], data)
+    sizes = count(beside.original, data), count(versions[-1], data)
     doubt = None if truth is None else truth.note
     return Report(
-        model=type(model).__name__,
+        model=type(beside.original).__name__,
         method=plan.title,
         budget=str(budget),
         ratio=plan.ratio,
-        macs=(before.macs, after.macs),
-        parameters=(before.parameters, after.parameters),
+        macs=(sizes[0].macs, sizes[1].macs),
+        parameters=(sizes[0].parameters, sizes[1].parameters),
         examples=curvature.examples,
         predicted=None if None in prices else sum(p for p in prices if p is not None),
         measured_on="data" if eval_data is None else "eval_data",
         measured_examples=measured[0].examples,
         original=found[0],
         compressed=found[1],
-        repaired=None if repaired is None else found[2],
-        recalibrated=None if anew is None else found[-1],
-        layers=layer_reports(plan, chain[0].plan),
+        repaired=results.get(id(repaired)),
+        recalibrated=results.get(id(beside.anew)),
+        polished=results.get(id(beside.polished)),
+        polish=beside.polish,
+        layers=layer_reports(plan, first),
         left_alone=plan.left_alone,
         calibration=calibration_by_layer(rows),
         truth=truth,

@@ -10,7 +10,7 @@ from typing import Literal
 from torch import nn
 
 from eigendamage.batches import Data, device_of
-from eigendamage.compress._compress import with_statistics_anew
+from eigendamage.compress._once import with_statistics_anew
 from eigendamage.compress._planned import planned
 from eigendamage.compress._prepare import Preparation, prepared, require_loss
 from eigendamage.compress._search import smaller
@@ -122,6 +122,7 @@ def sweep(
         refine=refine,
         calibrate=calibrate,
         repair=repair,
+        polish=False,
         latency_batch=latency_batch,
         max_examples=max_examples,
         reduction=reduction,

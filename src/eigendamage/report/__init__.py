@@ -2,11 +2,11 @@
 
 from eigendamage.report._comparison import Comparison, Row, Settings
 from eigendamage.report._comparison_views import plot_comparison, print_comparison, ranked
+from eigendamage.report._measured import Measured
 from eigendamage.report._report import (
     Calibration,
     Environment,
     LayerReport,
-    Measured,
     Report,
     calibration_by_layer,
     layer_reports,
@@ -14,6 +14,7 @@ from eigendamage.report._report import (
 from eigendamage.report._sweep import Sweep, SweepRow
 from eigendamage.report._sweep_views import plot_sweep, print_sweep
 from eigendamage.report._terminal import count_of, number, percent, print_report, render
+from eigendamage.report._training import RoundReport, TrainingReport
 from eigendamage.report._truth import TRUST, LayerTruth, Truth
 
 __all__ = [
@@ -25,10 +26,12 @@ __all__ = [
     "LayerTruth",
     "Measured",
     "Report",
+    "RoundReport",
     "Row",
     "Settings",
     "Sweep",
     "SweepRow",
+    "TrainingReport",
     "Truth",
     "calibration_by_layer",
     "count_of",

@@ -11,7 +11,7 @@ from rich.table import Table
 from eigendamage.errors import NothingToCompressError
 from eigendamage.files import written_beside
 from eigendamage.report._comparison import Comparison, Row
-from eigendamage.report._report import Measured
+from eigendamage.report._measured import Measured
 from eigendamage.report._terminal import number, percent
 
 _MARKERS = "osD^v<>Phd*X"

@@ -12,7 +12,6 @@ from eigendamage._version import __version__
 from eigendamage.curvature import CalibrationRow
 from eigendamage.files import Document, Frozen
 from eigendamage.layers import DenseForm
-from eigendamage.measure import Evaluation
 from eigendamage.plan import (
     Action,
     Channels,
@@ -25,33 +24,11 @@ from eigendamage.plan import (
     Plan,
     Repair,
 )
+from eigendamage.report._measured import Measured
+from eigendamage.report._training import RoundReport, TrainingReport
 from eigendamage.report._truth import Truth
 
 REPORT_VERSION = 1
-
-
-class Measured(Frozen):
-    """One model, measured; None is what could not be (no labels, a loss without predictions).
-
-    Attributes:
-        loss: mean loss per example.
-        accuracy: fraction of right predictions.
-        divergence: mean over examples of KL(original ‖ this) in nats, or what takes its place for
-            the loss at hand.
-    """
-
-    loss: float | None = None
-    accuracy: float | None = None
-    divergence: float | None = None
-
-    @classmethod
-    def of(cls, evaluation: Evaluation) -> Measured:
-        """The same without the number of examples."""
-        return cls(
-            loss=evaluation.loss,
-            accuracy=evaluation.accuracy,
-            divergence=evaluation.divergence,
-        )
 
 
 class LayerReport(Frozen):
@@ -141,6 +118,10 @@ class Report(Document):
         compressed: right after surgery.
         repaired: after changed layers were refitted; None if they were not.
         recalibrated: after batch norm's statistics were measured again; None if there is none.
+        polished: after the polish; None if there was none.
+        finetuned: after the last round's fine-tuning; None if there was none.
+        polish: how the polish went.
+        rounds: each round, where there were several or training.
         layers: each layer of the plan.
         left_alone: every other module with parameters, with the reason.
         calibration: trace of each layer's Fisher block, three ways.
@@ -168,6 +149,10 @@ class Report(Document):
     compressed: Measured
     repaired: Measured | None = None
     recalibrated: Measured | None
+    polished: Measured | None = None
+    finetuned: Measured | None = None
+    polish: TrainingReport | None = None
+    rounds: tuple[RoundReport, ...] = ()
     layers: Mapping[str, LayerReport]
     left_alone: Mapping[str, str]
     calibration: Mapping[str, Calibration]
@@ -180,8 +165,10 @@ class Report(Document):
 
     @property
     def final(self) -> Measured:
-        """The model that is handed back: recalibrated or repaired if it was."""
-        return self.recalibrated or self.repaired or self.compressed
+        """The model that is handed back: the last of its versions."""
+        return (
+            self.finetuned or self.polished or self.recalibrated or self.repaired or self.compressed
+        )
 
     def rise(self, measured: Measured) -> float | None:
         """Rise of a version's mean loss over the original's, where there are labels."""

@@ -8,7 +8,8 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from eigendamage.report._report import Measured, Report
+from eigendamage.report._measured import Measured
+from eigendamage.report._report import Report
 from eigendamage.report._truth import TRUST, Truth
 
 
@@ -33,6 +34,8 @@ def count_of(value: float) -> str:
 def render(report: Report) -> RenderableType:
     """Headline, truth, layers, calibration, and what was left alone, as rich renderables."""
     parts: list[RenderableType] = [_headline(report), _measured(report)]
+    if report.rounds:
+        parts.append(_rounds(report))
     if report.truth is not None:
         parts.append(_together(report.truth))
     parts.append(_layers(report))
@@ -79,6 +82,8 @@ def _measured(report: Report) -> Table:
         ("right after surgery", report.compressed),
         ("repaired", report.repaired),
         ("batch norm recalibrated", report.recalibrated),
+        (f"polished, {report.seconds.get('polish', 0.0):.0f} s", report.polished),
+        ("fine-tuned", report.finetuned),
     ]
     for what, m in rows:
         if m is not None:
@@ -91,6 +96,29 @@ def _measured(report: Report) -> Table:
             )
     table.add_section()
     table.add_row("predicted", "", "", number(report.predicted), number(report.predicted))
+    return table
+
+
+def _rounds(report: Report) -> Table:
+    """What each round left, and what its training gave back."""
+    table = Table(title="Rounds, all relative to the original")
+    for column in ("round", "MACs", "left", "params", "left", "divergence", "trained"):
+        table.add_column(column, justify="right")
+    for column in ("accuracy", "trained"):
+        table.add_column(column, justify="right")
+    for index, one in enumerate(report.rounds, start=1):
+        after = one.finetuned or Measured()
+        table.add_row(
+            str(index),
+            count_of(one.macs),
+            percent(one.macs / report.macs[0]),
+            count_of(one.parameters),
+            percent(one.parameters / report.parameters[0]),
+            number(one.untrained.divergence),
+            number(after.divergence),
+            percent(one.untrained.accuracy),
+            percent(after.accuracy),
+        )
     return table
 
 

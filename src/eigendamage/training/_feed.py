@@ -16,6 +16,7 @@ from eigendamage.batches import Batch, as_batch
 from eigendamage.errors import DataError
 
 
+@runtime_checkable
 class Feed(Protocol):
     """Batches to train on; a pass depends on its number alone."""
 

@@ -58,7 +58,8 @@ class Objective:
         self._check(batch)
         with _watched(model, self._features) as mine:
             output = call(model, batch)
-        if self._original is None:
+        by_labels = batch.target is not None and self._label_share == 1 and not self._features
+        if self._original is None or by_labels:
             return self._labels(output, batch)
         with torch.no_grad(), _watched(self._original, self._features) as its:
             target = logits_of(call(self._original, batch))

@@ -1,0 +1,193 @@
+"""One round of `compress`: curvature, plan, surgery, repair, polish, report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+
+from torch import nn
+
+from eigendamage.batches import Data
+from eigendamage.compress._prepare import Preparation, prepared, require_loss
+from eigendamage.compress._report import Versions, report_of
+from eigendamage.compress._result import Compressed, Options
+from eigendamage.compress._search import in_shots
+from eigendamage.compress._steps import Built, Source, built
+from eigendamage.curvature import Curvature
+from eigendamage.layers import copy_model
+from eigendamage.plan import AutoMethod, Plan, check_options, make_plan, method_named
+from eigendamage.report import TrainingReport
+from eigendamage.surgery import recalibrate_batchnorm
+from eigendamage.training import PolishConfig, polish
+
+
+@dataclass(frozen=True, eq=False)
+class Before:
+    """What a round comes after.
+
+    Attributes:
+        original: the model of the first round, that results are measured against.
+        plans: of the rounds before.
+    """
+
+    original: nn.Module
+    plans: tuple[Plan, ...] = field(default=())
+
+
+def once(
+    model: nn.Module,
+    data: Data,
+    options: Options,
+    *,
+    eval_data: Data | None,
+    curvature: Curvature | None,
+    before: Before | None = None,
+) -> Compressed:
+    """One round; ``before`` is what it comes after, None for the first."""
+    auto = isinstance(method_named(options.method), AutoMethod)
+    eval_data = list(eval_data) if isinstance(eval_data, Iterator) else eval_data
+    ready = _prepared(model, data, options)
+    settings = ready.settings
+    ignored = options.ignore
+    if curvature is None:
+        curvature, ignored = ready.curvature(model, ignored), ()
+    require_loss(curvature, options.loss)
+    if auto:
+        chain = in_shots(
+            model,
+            ready.source(model, curvature, ignored),
+            options.budget,
+            settings,
+            ready.timing,
+            partial(ready.source_like, curvature),
+            shots=options.shots,
+            go_back=options.back,
+        )
+    else:
+        with settings.clock.stage("plan"):
+            plan = _plan(model, curvature, ignored, options)
+        chain = [built(model, Source(model, curvature, None), plan, settings)]
+    last = chain[-1]
+    again = not settings.repair if options.recalibrate is None else options.recalibrate
+    anew = with_statistics_anew(last, ready) if again else None
+    final, polished, trained = anew or last.model, None, None
+    if options.polish is not None and last.plan.changed:
+        polished, trained = _polished(final, model, ready, options.polish)
+        final = polished
+    default_traces = 0 if auto else 64
+    traces = options.calibration_examples
+    return Compressed(
+        model=final,
+        plan=last.plan,
+        curvature=curvature,
+        report=report_of(
+            model,
+            chain,
+            Versions(
+                (before or Before(model)).original,
+                (before.plans if before else ()),
+                anew,
+                polished,
+                trained,
+            ),
+            eval_data,
+            curvature,
+            ready,
+            traces=default_traces if traces is None else traces,
+            budget=options.budget,
+        ),
+        earlier=tuple(shot.plan for shot in chain[:-1]),
+        repairs=last.repairs,
+    )
+
+
+def check(options: Options) -> None:
+    """Refuse options of `make_plan` that do not go together."""
+    check_options(
+        options.budget,
+        method=options.method,
+        variant=options.variant,
+        max_ratio=options.max_ratio,
+        form=options.form,
+        damping=options.damping,
+        rank_by=options.rank_by,
+    )
+
+
+def with_statistics_anew(built: Built, ready: Preparation) -> nn.Module | None:
+    """What was built with its batch norms' statistics measured again; None if nothing changes."""
+    if not built.plan.changed:
+        return None
+    with ready.settings.clock.stage("batch norm"):
+        again = copy_model(built.model)
+        norms = recalibrate_batchnorm(
+            again, ready.data, max_examples=ready.max_examples, progress=ready.settings.progress
+        )
+    return again if norms else None
+
+
+def _polished(
+    model: nn.Module, original: nn.Module, ready: Preparation, config: PolishConfig
+) -> tuple[nn.Module, TrainingReport]:
+    """A copy that has learned from the original, on what the curvature saw; and how that went."""
+    settings = ready.settings
+    assert settings.parts is not None
+    with settings.clock.stage("polish"):
+        learned = copy_model(model)
+        done = polish(
+            learned,
+            original,
+            settings.parts.fit,
+            held_out=settings.parts.held_out,
+            config=config,
+            loss=settings.loss,
+            seed=settings.seed,
+            progress=settings.progress,
+        )
+    return learned, TrainingReport.of(done)
+
+
+def _prepared(model: nn.Module, data: Data, options: Options) -> Preparation:
+    return prepared(
+        model,
+        data,
+        [options.budget],
+        method=options.method,
+        loss=options.loss,
+        fisher=options.fisher,
+        eigenvalues=options.eigenvalues,
+        max_ratio=options.max_ratio,
+        damping=options.damping,
+        actions=options.actions,
+        multiple=options.multiple,
+        floors=options.floors,
+        refine=options.refine,
+        calibrate=options.calibrate,
+        repair=options.repair,
+        polish=options.polish is not None,
+        latency_batch=options.latency_batch,
+        max_examples=options.max_examples,
+        reduction=options.reduction,
+        seed=options.seed,
+        progress=options.progress,
+    )
+
+
+def _plan(
+    model: nn.Module, curvature: Curvature, ignored: tuple[str, ...], options: Options
+) -> Plan:
+    return make_plan(
+        model,
+        curvature,
+        options.budget,
+        method=options.method,
+        variant=options.variant,
+        max_ratio=options.max_ratio,
+        form=options.form,
+        eigenvalues=options.eigenvalues if curvature.kind == "ekfac" else None,
+        damping=options.damping,
+        rank_by=options.rank_by,
+        ignore=ignored,
+        seed=options.seed,
+    )

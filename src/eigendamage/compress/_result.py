@@ -1,0 +1,72 @@
+"""What `compress` returns, and what it is told."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from eigendamage.curvature import Curvature, EigenvalueKind, Fisher, Loss
+from eigendamage.plan import ActionKind, Budget, FormChoice, Plan, RankBy
+from eigendamage.report import Report
+from eigendamage.surgery import Repairs
+from eigendamage.training import PolishConfig
+
+
+@dataclass(frozen=True, eq=False)
+class Compressed:
+    """What `compress` returns.
+
+    Attributes:
+        model: the smaller model, a plain module.
+        plan: what was done to each layer; of several shots or rounds the last, made of the one
+            before.
+        curvature: what it was decided by; another budget needs no new one. Of several rounds that
+            of the last.
+        report: what was expected and what was measured.
+        earlier: the plans of earlier shots or rounds.
+        repairs: what the repair did to each layer; None if there was none, or if it is from a round
+            that was finished in an earlier run.
+    """
+
+    model: nn.Module
+    plan: Plan
+    curvature: Curvature
+    report: Report
+    earlier: tuple[Plan, ...] = ()
+    repairs: Repairs | None = None
+
+
+@dataclass(frozen=True)
+class Options:
+    """The arguments of `compress` that say how one round goes."""
+
+    budget: Budget
+    method: str
+    variant: str | None
+    loss: Loss
+    fisher: Fisher
+    eigenvalues: EigenvalueKind
+    max_ratio: float
+    form: FormChoice
+    damping: float
+    rank_by: RankBy | None
+    ignore: tuple[str, ...]
+    actions: Iterable[ActionKind]
+    multiple: int | None
+    floors: Mapping[str, float] | None
+    refine: int
+    calibrate: bool | None
+    repair: bool | None
+    polish: PolishConfig | None
+    shots: int
+    back: bool  # whether a shot that makes it worse is taken back
+    latency_batch: int
+    max_examples: int | None
+    recalibrate: bool | None
+    calibration_examples: int | None
+    reduction: Literal["mean", "sum"]
+    seed: int
+    progress: bool

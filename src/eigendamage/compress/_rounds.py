@@ -1,0 +1,235 @@
+"""Several rounds, each trained at its end; resumable from a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from eigendamage.batches import Data
+from eigendamage.compress._once import Before, once
+from eigendamage.compress._result import Compressed, Options
+from eigendamage.curvature import Curvature, load_curvature, save_curvature
+from eigendamage.errors import MismatchError
+from eigendamage.files import Document, written_beside
+from eigendamage.layers import copy_model
+from eigendamage.measure import evaluate
+from eigendamage.plan import Plan
+from eigendamage.report import Measured, Report, RoundReport, TrainingReport
+from eigendamage.surgery import apply_plan
+from eigendamage.training import FinetuneConfig, digest, finetune
+
+
+@dataclass(frozen=True, eq=False)
+class RoundTraining:
+    """What each round is trained on, and how."""
+
+    data: Iterable[Any]
+    config: FinetuneConfig
+
+
+class Run(Document):
+    """What a folder of rounds was begun with.
+
+    Attributes:
+        arguments: in words, by name.
+    """
+
+    version: Literal[1] = 1
+    arguments: Mapping[str, str]
+
+
+def in_rounds(
+    model: nn.Module,
+    data: Data,
+    options: Options,
+    *,
+    rounds: int,
+    training: RoundTraining | None,
+    eval_data: Data | None,
+    curvature: Curvature | None,
+    directory: Path | None,
+) -> Compressed:
+    """Curvature, plan, surgery, repair and fine-tuning, several times over.
+
+    Args:
+        model: the original, that every round's training distils where the loss allows it.
+        data: inputs for curvature and repair.
+        options: of a round; the budget is that of the whole.
+        rounds: how many.
+        training: at the end of each; None for none.
+        eval_data: what to measure on; the data itself if there is none.
+        curvature: of the original, if it is known.
+        directory: for the state of the rounds; None keeps none.
+
+    Raises:
+        MismatchError: if the folder holds rounds of another call.
+    """
+    if directory is not None:
+        _claim(directory, model, options, rounds, training)
+    current, plans = model, []
+    reports: list[RoundReport] = []
+    result: Compressed | None = None
+    tuned: Measured | None = None
+    seconds: dict[str, float] = {}
+    left: dict[str, float] = {str(unit): 1.0 for unit in options.budget.limits}
+    for index in range(rounds):
+        folder = None if directory is None else directory / f"round-{index + 1}"
+        step = replace(
+            options,
+            budget=options.budget.step((index + 1) / rounds, left),
+            seed=options.seed + index,
+        )
+        result = None if folder is None else _finished(current, folder)
+        if result is None:
+            result = once(
+                current,
+                data,
+                step,
+                eval_data=eval_data,
+                curvature=curvature,
+                before=Before(model, tuple(plans)),
+            )
+            if folder is not None:
+                # What goes on is what a resumed run would find.
+                _keep(result, folder)
+                result = replace(_finished(current, folder) or result, repairs=result.repairs)
+        curvature = None
+        plans.append(result.plan)
+        for unit in options.budget.limits:
+            left[unit] *= result.plan.left(unit)
+        if result.report.latency is not None:
+            left["latency"] = left.get("latency", 1.0) * result.report.latency
+        current, how = result.model, None
+        if training is not None:
+            current = copy_model(current)
+            how = _trained(current, model, training, step, folder)
+            where = data if eval_data is None else eval_data
+            tuned = Measured.of(
+                evaluate(
+                    current,
+                    where,
+                    loss=options.loss,
+                    reference=model,
+                    reduction=options.reduction,
+                    progress=options.progress,
+                )
+            )
+        reports.append(_round(result.report, tuned, how))
+        for name, spent in result.report.seconds.items():
+            seconds[name] = seconds.get(name, 0.0) + spent
+    assert result is not None
+    return replace(
+        result,
+        model=current,
+        earlier=tuple(plans[:-1]),
+        report=result.report.model_copy(
+            update={
+                "budget": str(options.budget),
+                "finetuned": tuned,
+                "rounds": tuple(reports),
+                "seconds": seconds,
+                "latency": left.get("latency"),
+                "predicted": _sum([one.predicted for one in reports]),
+            }
+        ),
+    )
+
+
+def _trained(
+    model: nn.Module,
+    original: nn.Module,
+    training: RoundTraining,
+    step: Options,
+    folder: Path | None,
+) -> TrainingReport:
+    predictive = isinstance(step.loss, str)
+    done = finetune(
+        model,
+        training.data,
+        replace(training.config, seed=step.seed),
+        original=original if predictive else None,
+        loss=step.loss,
+        checkpoint=None if folder is None else folder / "training.pt",
+        progress=step.progress,
+    )
+    return TrainingReport.of(done)
+
+
+def _round(report: Report, tuned: Measured | None, training: TrainingReport | None) -> RoundReport:
+    return RoundReport(
+        method=report.method,
+        budget=report.budget,
+        macs=report.macs[1],
+        parameters=report.parameters[1],
+        predicted=report.predicted,
+        untrained=report.final,
+        finetuned=tuned,
+        training=training,
+    )
+
+
+def _sum(values: list[float | None]) -> float | None:
+    return None if None in values else sum(v for v in values if v is not None)
+
+
+def _claim(
+    directory: Path,
+    model: nn.Module,
+    options: Options,
+    rounds: int,
+    training: RoundTraining | None,
+) -> None:
+    """Note what the folder is for, or see that it is for the same.
+
+    Raises:
+        MismatchError: naming the first argument that differs.
+    """
+    asked = {field.name: str(getattr(options, field.name)) for field in fields(options)}
+    del asked["progress"]
+    asked["rounds"] = str(rounds)
+    asked["finetuning"] = "none" if training is None else str(training.config)
+    asked["the model's weights"] = digest(model)
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / "run.json"
+    if not path.exists():
+        Run(arguments=asked).save(path)
+        return
+    before = Run.load(path).arguments
+    for name, value in asked.items():
+        if before.get(name) != value:
+            raise MismatchError(
+                f"{directory} holds rounds of another call: {name} was {before.get(name)} and is "
+                f"now {value}; give the same again, or another folder"
+            )
+
+
+def _keep(result: Compressed, folder: Path) -> None:
+    """Write what a round made; the report comes last and says that it is whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {k: v.detach().cpu().contiguous() for k, v in result.model.state_dict().items()}
+    with written_beside(folder / "untrained.safetensors") as beside:
+        save_file({k: v.clone() for k, v in tensors.items()}, beside)
+    save_curvature(result.curvature, folder / "curvature.safetensors")
+    result.plan.save(folder / "plan.json")
+    result.report.save(folder / "report.json")
+
+
+def _finished(model: nn.Module, folder: Path) -> Compressed | None:
+    """What a round made of a model in an earlier run; None if it did not get that far."""
+    if not (folder / "report.json").exists():
+        return None
+    curvature = load_curvature(folder / "curvature.safetensors")
+    plan = Plan.load(folder / "plan.json")
+    smaller = apply_plan(model, plan, curvature)
+    smaller.load_state_dict(load_file(folder / "untrained.safetensors"))
+    return Compressed(
+        model=smaller,
+        plan=plan,
+        curvature=curvature,
+        report=Report.load(folder / "report.json"),
+    )
