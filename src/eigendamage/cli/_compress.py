@@ -9,19 +9,23 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 from eigendamage.cli._parsing import floors, kinds, refuse_unwritable
-from eigendamage.cli._sources import load_data, load_model
+from eigendamage.cli._sources import Training, load_data, load_model
 from eigendamage.compress import Compressed, compress
 from eigendamage.curvature import EigenvalueKind, Fisher, save_curvature
 from eigendamage.files import written_beside
 from eigendamage.plan import ACTIONS, METHODS, Budget
 from eigendamage.report import print_report
+from eigendamage.training import FinetuneConfig, PolishConfig, crops_and_flips
+
+_PASSES = 10
 
 
 def compress_command(
     model: str = typer.Option(..., help="zoo:NAME or module:callable that returns a module."),
     data: str = typer.Option(
         ...,
-        help="Folder, .zip (train/CLASS/*.jpg, test/…; labels optional), .npz, or module:callable.",
+        help="Folder, .zip (train/CLASS/*.jpg, test/…; labels optional), .npz, module:callable, or "
+        "zoo:fashion-mnist for the bundled images.",
     ),
     out: Path = typer.Option(..., help="Folder for the result; made if it is not there."),
     weights: Path | None = typer.Option(None, help="Trained weights, .safetensors or .pt."),
@@ -67,7 +71,28 @@ def compress_command(
     ),
     shots: int = typer.Option(1, help="For auto: reach the budget in so many steps."),
     rounds: int = typer.Option(
-        1, help="For auto: the same, and take back a step that makes it worse."
+        1,
+        help="Reach the budget in so many rounds, each with --epochs of training; without, auto "
+        "takes back a step that makes it worse.",
+    ),
+    epochs: int = typer.Option(
+        0, help="Of fine-tuning after each round: on labels if there are any, and on the original."
+    ),
+    learning_rate: float = typer.Option(
+        FinetuneConfig.learning_rate, help="The peak of the fine-tuning's schedule."
+    ),
+    train_examples: int | None = typer.Option(
+        None, help="The most images to fine-tune on; all of the training images by default."
+    ),
+    polish: int | None = typer.Option(
+        None,
+        help="Passes of distilling the original at the end, without labels, on the images of the "
+        "curvature; 10 by default for auto without --epochs, else 0.",
+    ),
+    augment: bool = typer.Option(
+        True,
+        "--augment/--no-augment",
+        help="Shift and mirror images where something is trained.",
     ),
     latency_batch: int = typer.Option(1, help="Images a call where latency is measured."),
     examples: int = typer.Option(2000, help="The most images to take the curvature on."),
@@ -86,6 +111,8 @@ def compress_command(
     """Compress a trained model to a budget and report what it cost.
 
     --macs, --params, --bytes and --latency may be combined; --loss and --ratio stand alone.
+    A run with --epochs that was stopped goes on if the same command is given again; what it needs
+    for that, and every round's plan, weights and curvature, is in OUT/rounds.
     The folder OUT gets model.safetensors (the weights of the smaller model), plan.json,
     report.json and curvature.safetensors; the latter and the plan rebuild the smaller model from
     the original one (eigendamage.apply_plan).
@@ -100,7 +127,10 @@ def compress_command(
         batch_size=batch_size,
         seed=seed,
         test_examples=test_examples,
+        training=Training(train_examples, augment) if epochs else None,
     )
+    if polish is None:
+        polish = _PASSES if method == "auto" and not epochs else 0
     result = compress(
         network,
         images.data,
@@ -119,6 +149,13 @@ def compress_command(
         repair=repair,
         shots=shots,
         rounds=rounds,
+        polish=PolishConfig(passes=polish, augment=crops_and_flips() if augment else None)
+        if polish
+        else 0,
+        epochs=epochs,
+        train_data=images.train_data,
+        finetuning=FinetuneConfig(learning_rate=learning_rate) if epochs else None,
+        directory=out / "rounds" if epochs else None,
         latency_batch=latency_batch,
         max_examples=examples,
         recalibrate=recalibrate,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -16,6 +16,7 @@ from eigendamage.batches import Data
 from eigendamage.errors import DataError, EigenDamageError
 
 _HELD_OUT = 0.1
+_BUNDLED = "zoo:fashion-mnist"
 
 
 @dataclass(frozen=True)
@@ -26,11 +27,26 @@ class Images:
         data: batches for the curvature, in training order.
         eval_data: held-out batches to measure on, None if there are none.
         where: what ``eval_data`` is, in words.
+        train_data: batches to fine-tune on, None if that is not asked for.
     """
 
     data: Data
     eval_data: Data | None
     where: str
+    train_data: Iterable[Any] | None = None
+
+
+@dataclass(frozen=True)
+class Training:
+    """What is fine-tuned on.
+
+    Attributes:
+        examples: the most images; None for all.
+        augment: whether they are shifted and mirrored.
+    """
+
+    examples: int | None
+    augment: bool
 
 
 def load_model(name: str, weights: Path | None) -> nn.Module:
@@ -51,35 +67,62 @@ def load_model(name: str, weights: Path | None) -> nn.Module:
 
 
 def load_data(
-    source: str, *, examples: int, batch_size: int, seed: int, test_examples: int | None
+    source: str,
+    *,
+    examples: int,
+    batch_size: int,
+    seed: int,
+    test_examples: int | None,
+    training: Training | None = None,
 ) -> Images:
-    """Read ``DIR``, ``ZIP``, ``NPZ`` or call ``module:callable``.
+    """Read ``DIR``, ``ZIP``, ``NPZ``, the bundled images, or call ``module:callable``.
 
     Where images have no ``test`` split, a tenth of them is held out to measure on. A callable
-    returns an iterable of batches, or a pair of two: one to work with, one to measure on.
+    returns an iterable of batches, or a pair of two: one to work with, one to measure on; the
+    former is trained on too.
 
     Raises:
         DataError: if there is nothing to read.
     """
-    if not Path(source).exists() and ":" in source:
+    if source != _BUNDLED and not Path(source).exists() and ":" in source:
         made = _from_module(source, "--data")()
+        data, eval_data, where = made, None, ""
         if isinstance(made, tuple) and len(cast("tuple[Any, ...]", made)) == 2:
             data, eval_data = cast("tuple[Any, Any]", made)
-            return Images(data, eval_data, "the second part that the callable returned")
-        return Images(made, None, "")
-    splits = zoo.find_splits(source)
-    if "test" in splits:
-        train = zoo.load_images(source, "train", limit=examples, seed=seed)
-        test = zoo.load_images(source, "test", limit=test_examples, seed=seed)
-        where = f"the test split of {source}"
+            where = "the second part that the callable returned"
+        return Images(data, eval_data, where, None if training is None else data)
+    most = examples if training is None else training.examples
+    if source == _BUNDLED:
+        train, test = zoo.fashion_mnist("train"), zoo.fashion_mnist("test")
+        train = train if most is None else train.take(slice(0, most))
+        test = test if test_examples is None else test.take(slice(0, test_examples))
+        where = "the bundled test images"
     else:
-        every = zoo.load_images(source, "train", limit=examples, seed=seed)
-        held = max(1, round(_HELD_OUT * len(every)))
-        if len(every) - held < 1:
-            raise DataError(f"{source} has {len(every)} image; at least two are needed")
-        train, test = every.take(slice(held, None)), every.take(slice(0, held))
-        where = f"a tenth of {source}, held out"
-    return Images(train.batches(batch_size), test.batches(batch_size), where)
+        train, test, where = _read(source, most, test_examples, seed)
+    return Images(
+        train.take(slice(0, examples)).batches(batch_size),
+        test.batches(batch_size),
+        where,
+        None
+        if training is None
+        else train.batches(batch_size, shuffle_seed=seed, augment=training.augment),
+    )
+
+
+def _read(
+    source: str, most: int | None, test_examples: int | None, seed: int
+) -> tuple[zoo.ImageSet, zoo.ImageSet, str]:
+    """Images to work with, images to measure on, and what these are."""
+    if "test" in zoo.find_splits(source):
+        train = zoo.load_images(source, "train", limit=most, seed=seed)
+        test = zoo.load_images(source, "test", limit=test_examples, seed=seed)
+        return train, test, f"the test split of {source}"
+    every = zoo.load_images(source, "train", limit=most, seed=seed)
+    held = max(1, round(_HELD_OUT * len(every)))
+    if len(every) - held < 1:
+        raise DataError(f"{source} has {len(every)} image; at least two are needed")
+    where = f"a tenth of {source}, held out"
+    return every.take(slice(held, None)), every.take(slice(0, held)), where
 
 
 def _from_module(name: str, option: str) -> Callable[[], Any]:

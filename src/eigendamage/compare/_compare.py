@@ -147,7 +147,11 @@ def compare(
         no_channels=no_channels,
         train_data=train_data if epochs else None,
         config=FinetuneConfig(
-            epochs=max(1, epochs), learning_rate=learning_rate, held_out=0.0, label_share=1.0, seed=seed
+            epochs=max(1, epochs),
+            learning_rate=learning_rate,
+            held_out=0.0,
+            label_share=1.0,
+            seed=seed,
         ),
         fisher=fisher,
         max_examples=max_examples,

@@ -1,0 +1,204 @@
+"""Polish: it learns from the original, leaves batch norms alone, and keeps the best pass."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import eigendamage as ed
+from eigendamage.batches import Batches
+from eigendamage.training import polish
+
+CPU = torch.device("cpu")
+
+
+def network(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    model = nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 12, 3, padding=1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(12, 4),
+    ).eval()
+    with torch.no_grad():
+        model[-1].weight.mul_(10.0)  # type: ignore[operator]
+    return model
+
+
+def images(count: int, seed: int = 1) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(8, 1, 6, 6, generator=generator) for _ in range(count)]
+
+
+def held_divergence(model: nn.Module, original: nn.Module, data: list[Tensor]) -> float:
+    found = ed.evaluate(model, data, reference=original, progress=False).divergence
+    assert found is not None
+    return found
+
+
+def test_it_lowers_the_divergence_and_keeps_the_best_pass() -> None:
+    original = network()
+    small = ed.compress(
+        original, images(4), budget=ed.Budget(macs=0.5), method="eigendamage", progress=False
+    ).model
+    before = copy.deepcopy(small)
+    fit, held = list(Batches(images(12), CPU)), list(Batches(images(4, seed=2), CPU))
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    done = polish(
+        small,
+        original,
+        fit,
+        held_out=held,
+        config=ed.PolishConfig(passes=5, batch_size=16, learning_rate=0.01),
+        progress=False,
+    )
+    assert torch.equal(state, torch.get_rng_state())
+    assert len(done.losses) == 5
+    assert len(done.scores) == 6
+    assert done.scores[done.best] == min(done.scores)
+    held_inputs = [b.args[0] for b in held]
+    assert done.scores[0] == pytest.approx(held_divergence(before, original, held_inputs))
+    assert done.scores[done.best] == pytest.approx(
+        held_divergence(small, original, held_inputs), rel=1e-5
+    )
+    assert done.scores[done.best] < 0.9 * done.scores[0]
+    # Batch norm ran as in evaluation: its statistics are what they were.
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        assert torch.equal(getattr(small[1], name), getattr(before[1], name))
+    assert not small.training
+
+
+@pytest.mark.parametrize("method", ["auto", "eigendamage"])
+def test_compress_polishes_and_says_what_it_gained(method: str) -> None:
+    model = network()
+
+    def run(polish: int | ed.PolishConfig) -> ed.Compressed:
+        return ed.compress(
+            model,
+            images(10),
+            budget=ed.Budget(macs=0.5),
+            method=method,
+            polish=polish,
+            eval_data=images(6, seed=3),
+            progress=False,
+        )
+
+    plain, polished = run(0), run(4)
+    assert plain.report.polished is None
+    report = polished.report
+    assert report.polish is not None
+    assert len(report.polish.losses) == 4
+    assert report.seconds["polish"] > 0
+    assert report.final is report.polished
+    # What it is after the repair, or batch norm's, is told as without a polish.
+    if method == "auto":  # for others nothing is held out of the curvature without a polish
+        assert polished.plan == plain.plan
+        assert report.repaired == plain.report.repaired
+    assert report.final.divergence == pytest.approx(
+        held_divergence(polished.model, model, images(6, seed=3)), rel=1e-5
+    )
+
+
+def test_a_polish_that_makes_it_clearly_worse_is_left_out() -> None:
+    model = network()
+    result = ed.compress(
+        model,
+        images(10),
+        budget=ed.Budget(macs=0.5),
+        polish=ed.PolishConfig(passes=1, learning_rate=3.0, clip=1.0),
+        progress=False,
+    )
+    assert result.report.polished is None
+    assert result.report.polish is not None
+    assert any("the polish was left out" in note for note in result.report.notes)
+    assert result.report.final is result.report.repaired
+
+
+def test_inputs_of_other_forms_are_polished_too() -> None:
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 12), nn.Linear(12, 4)
+
+        def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+            return self.b(torch.relu(self.a(x) * scale))
+
+    torch.manual_seed(0)
+    original = Pair().eval()
+    small = copy.deepcopy(original)
+    with torch.no_grad():
+        small.a.weight.add_(0.3 * torch.randn(12, 6))
+    data = [{"x": torch.randn(5, 6), "scale": torch.rand(5, 1) + 1} for _ in range(6)]
+    batches = list(Batches(data, CPU))
+    done = polish(
+        small,
+        original,
+        batches[:5],
+        held_out=batches[5:],
+        config=ed.PolishConfig(passes=5, learning_rate=0.01),
+        progress=False,
+    )
+    assert done.losses[-1] < done.losses[0]
+    with pytest.raises(ed.EigenDamageError, match="augment= changes inputs that are one tensor"):
+        polish(
+            small,
+            original,
+            batches,
+            held_out=batches,
+            config=ed.PolishConfig(augment=ed.crops_and_flips()),
+            progress=False,
+        )
+
+
+def test_crops_and_flips_move_pixels_and_make_none() -> None:
+    x = torch.arange(1.0, 2 * 3 * 8 * 8 + 1).reshape(2, 3, 8, 8)
+    generator = torch.Generator().manual_seed(0)
+    seen: set[bool] = set()
+    for _ in range(20):
+        moved = ed.crops_and_flips(2)(x, generator)
+        assert moved.shape == x.shape
+        for before, after in zip(x, moved, strict=True):
+            values = after[after != 0]
+            assert set(values.tolist()) <= set(before.flatten().tolist())
+            assert len(values) >= 3 * 6 * 6
+            row = after[0][after[0].abs().sum(1) > 0][0]
+            row = row[row != 0]
+            seen.add(bool(row[0] > row[1]))
+            # All channels move together.
+            torch.testing.assert_close((after[1] - after[0])[after[0] != 0].unique().numel(), 1)
+    assert seen == {True, False}
+
+
+def test_what_cannot_be_is_refused() -> None:
+    model = network()
+    for field, value in (("passes", 0), ("batch_size", 0), ("learning_rate", 0.0)):
+        arguments: dict[str, Any] = {field: value}
+        with pytest.raises(ed.EigenDamageError, match=field if field != "passes" else "passes"):
+            ed.compress(
+                model,
+                images(8),
+                budget=ed.Budget(macs=0.5),
+                polish=ed.PolishConfig(**arguments),
+                method="eigendamage",
+                progress=False,
+            )
+    with pytest.raises(ed.LossError, match="polish needs a loss with a divergence"):
+        ed.compress(
+            model,
+            [(x, torch.zeros(8, dtype=torch.long)) for x in images(8)],
+            budget=ed.Budget(macs=0.5),
+            polish=1,
+            method="eigendamage",
+            loss=nn.functional.cross_entropy,
+            fisher="empirical",
+            progress=False,
+        )
