@@ -112,7 +112,7 @@ def _rounds(report: Report) -> Table:
             str(index),
             count_of(one.macs),
             percent(one.macs / report.macs[0]),
-            count_of(one.parameters),
+            count_of(float(one.parameters)),
             percent(one.parameters / report.parameters[0]),
             number(one.untrained.divergence),
             number(after.divergence),
