@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import nn
 
-from eigendamage.batches import Batches, Data, device_of
+from eigendamage.batches import Batches, Data, device_of, tensors_in
 from eigendamage.curvature._capture import preserved_random_state
 from eigendamage.curvature._curvature import Curvature, Extra
 from eigendamage.curvature._head import Fisher
@@ -21,13 +21,14 @@ from eigendamage.curvature._passes import (
     with_eigenvalues,
     with_gradients,
 )
-from eigendamage.curvature._patches import PositionDraws
 from eigendamage.curvature._sinks import PatchWish
 from eigendamage.curvature._survey import survey
+from eigendamage.distributed import mark_of, one_fate, require_same
 from eigendamage.errors import EigenDamageError, MismatchError, NonFiniteError
-from eigendamage.layers import Layer, Trace, find_channels
+from eigendamage.layers import Layer, find_channels
 
 
+@one_fate
 def estimate_curvature(
     model: nn.Module,
     data: Data,
@@ -52,6 +53,10 @@ def estimate_curvature(
     one for S and A (Martens & Grosse 2015; Grosse & Martens 2016), one for λ (George et al. 2018).
     The model runs in eval mode and is left as it was: weights, gradients, hooks, modes, random
     state. Accumulators are float32 (float64 for float64 models), eigendecompositions float64.
+
+    In a group of several processes (``torch.distributed``) all make this call with the same model
+    and the same data. Batches are dealt out in turn, sums are reduced, eigendecompositions shared
+    out; all get the same result to the bit, and that of a single process up to rounding.
 
     Args:
         model: the network. Its output, ``.logits`` of it, or the first item of a tuple is what the
@@ -98,6 +103,7 @@ def estimate_curvature(
         LayerError: if a layer's tensors cannot be told apart by example.
         MismatchError: if ``basis`` is of another model.
         ChannelError: if ``channels`` are wished for and cannot be traced.
+        ProcessError: if another process of the group failed or ended.
     """
     if fisher not in ("mc", "exact", "empirical"):
         raise EigenDamageError(f"fisher '{fisher}' is unknown; known are mc, exact, empirical")
@@ -118,11 +124,17 @@ def estimate_curvature(
         first = batches.peek()
         surveyed = survey(model, first, ignore, head)
     _refuse_broken_weights(surveyed.layers.values())
+    require_same("the weights", mark_of([*model.parameters(), *model.buffers()]))
+    require_same("the first batches", mark_of(tensors_in([*first.args, *first.kwargs.values()])))
+    options = (loss_name(loss), fisher, eigenvalues, layers_per_pass, extras, patch_positions, seed)
+    require_same("the options or the layers", (*options, max_examples, *surveyed.layers))
     if basis is not None:
         _refuse_other_model(basis, surveyed.layers, extras)
     graph = find_channels(model, first) if "channels" in extras else None
     passes = Passes(model, batches, head, fisher, seed, progress)
-    wish = _patch_wish(extras, patch_positions, seed, surveyed.trace)
+    wish: PatchWish | None = None
+    if "patches" in extras:
+        wish = PatchWish.of(surveyed.layers, calls_of(surveyed.trace), patch_positions, seed)
 
     groups = _groups(list(surveyed.layers.values()), layers_per_pass)
     done: dict[str, LayerCurvature] = {}
@@ -158,16 +170,6 @@ def _extras(also: Iterable[Extra]) -> tuple[Extra, ...]:
     for unknown in sorted(wanted - set(known)):
         raise EigenDamageError(f"also='{unknown}' is unknown; known are {', '.join(known)}")
     return tuple(extra for extra in known if extra in wanted)
-
-
-def _patch_wish(
-    extras: tuple[Extra, ...], positions: int | None, seed: int, traced: Trace
-) -> PatchWish | None:
-    if "patches" not in extras:
-        return None
-    return PatchWish(
-        calls_of(traced), None if positions is None else PositionDraws(positions, seed)
-    )
 
 
 def _groups(layers: list[Layer], size: int | None) -> list[list[Layer]]:
