@@ -9,7 +9,7 @@ that a failure of one ends all with an error instead of leaving the others to wa
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from contextvars import ContextVar
 from functools import wraps
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from eigendamage.errors import EigenDamageError, MismatchError, ProcessError
 
 P = ParamSpec("P")
+K = TypeVar("K", bound=Hashable)
 R = TypeVar("R")
 T = TypeVar("T")
 
@@ -139,7 +140,7 @@ def from_rank(tensors: Sequence[Tensor], owner: int) -> list[Tensor]:
     return [p.reshape(t.shape).to(t.device) for p, t in zip(parts, tensors, strict=True)]
 
 
-def exchanged(mine: Mapping[str, T]) -> dict[str, T]:
+def exchanged(mine: Mapping[K, T]) -> dict[K, T]:
     """What every process computed, by name, in every process; of data on the CPU."""
     if world() == 1:
         return dict(mine)

@@ -10,6 +10,7 @@ from eigendamage._version import __version__
 from eigendamage.cli._compare import compare_command
 from eigendamage.cli._compress import compress_command
 from eigendamage.cli._demo import demo_command
+from eigendamage.cli._processes import processes, refuse_several, speaker
 from eigendamage.cli._sweep import sweep_command
 from eigendamage.errors import EigenDamageError
 
@@ -34,6 +35,7 @@ def _show_version(wanted: bool) -> bool:
 
 @app.callback()
 def options(
+    context: typer.Context,
     version: bool = typer.Option(
         False, "--version", callback=_show_version, is_eager=True, help="Print the version."
     ),
@@ -42,12 +44,14 @@ def options(
 
     Exit codes: 0 all went well; 1 the library refused, and said why; 2 wrong usage.
     """
+    refuse_several(context.invoked_subcommand)
 
 
 def main() -> None:
     """Entry point: errors of the library become one line on standard error and exit code 1."""
     try:
-        app()
+        with processes():
+            app()
     except (EigenDamageError, OSError) as error:
-        print(f"eigendamage: {error}", file=sys.stderr)
+        print(f"{speaker()}: {error}", file=sys.stderr)
         sys.exit(1)

@@ -15,6 +15,7 @@ from eigendamage.compress._report import report_of
 from eigendamage.compress._search import in_shots
 from eigendamage.compress._steps import Built, Source, built
 from eigendamage.curvature import Curvature, EigenvalueKind, Fisher, Loss
+from eigendamage.distributed import one_fate
 from eigendamage.errors import EigenDamageError
 from eigendamage.layers import copy_model
 from eigendamage.plan import (
@@ -56,6 +57,7 @@ class Compressed:
     repairs: Repairs | None = None
 
 
+@one_fate
 def compress(
     model: nn.Module,
     data: Data,

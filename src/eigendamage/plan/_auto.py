@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from eigendamage.distributed import decided
 from eigendamage.errors import BudgetError, NothingToCompressError
 from eigendamage.layers import ON_REQUEST, Cost, Layer
 from eigendamage.plan._calibrate import OF_CHANNELS
@@ -42,11 +43,11 @@ def plan_auto(task: Task, menus: Menus, options: AutoOptions) -> Result:
     task = replace(task, curvature=menus.seen)
     market = Market(task, menus, options)
     refined: set[tuple[str, int, int]] = set()
-    basket = market.allocate()
+    basket = decided(market.allocate)
     for _ in range(_ROUNDS if options.refine else 0):
         if not market.refine(basket, refined):
             break
-        basket = market.allocate()
+        basket = decided(market.allocate)
     result = _result(task, menus, options, market, basket)
     return _chained(task, menus, options, result) or result
 
