@@ -10,7 +10,7 @@ from eigendamage._version import __version__
 from eigendamage.cli._compare import compare_command
 from eigendamage.cli._compress import compress_command
 from eigendamage.cli._demo import demo_command
-from eigendamage.cli._processes import processes, refuse_several, speaker
+from eigendamage.cli._processes import in_one_process, processes, speaker
 from eigendamage.cli._sweep import sweep_command
 from eigendamage.errors import EigenDamageError
 
@@ -20,10 +20,10 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-app.command("demo")(demo_command)
+app.command("demo")(in_one_process(demo_command))
 app.command("compress")(compress_command)
-app.command("sweep")(sweep_command)
-app.command("compare")(compare_command)
+app.command("sweep")(in_one_process(sweep_command))
+app.command("compare")(in_one_process(compare_command))
 
 
 def _show_version(wanted: bool) -> bool:
@@ -35,7 +35,6 @@ def _show_version(wanted: bool) -> bool:
 
 @app.callback()
 def options(
-    context: typer.Context,
     version: bool = typer.Option(
         False, "--version", callback=_show_version, is_eager=True, help="Print the version."
     ),
@@ -44,7 +43,6 @@ def options(
 
     Exit codes: 0 all went well; 1 the library refused, and said why; 2 wrong usage.
     """
-    refuse_several(context.invoked_subcommand)
 
 
 def main() -> None:

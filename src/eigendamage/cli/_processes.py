@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from datetime import timedelta
+from functools import wraps
 from pathlib import Path
+from typing import ParamSpec
 
 import torch
 import torch.distributed as dist
@@ -14,9 +16,10 @@ import torch.distributed as dist
 from eigendamage.distributed import rank, world
 from eigendamage.errors import EigenDamageError
 
+P = ParamSpec("P")
+
 _PATIENCE = timedelta(hours=1)
 """How long a process waits for the others; what only the first does may take this long."""
-_OF_SEVERAL = ("compress",)
 
 
 @contextmanager
@@ -64,17 +67,19 @@ def home() -> torch.device:
     return torch.device("cpu")
 
 
-def refuse_several(command: str | None) -> None:
-    """Refuse a command that is for one process where there are several.
+def in_one_process(command: Callable[P, None]) -> Callable[P, None]:
+    """A command that is refused where there are several processes."""
 
-    Raises:
-        EigenDamageError: if it is one.
-    """
-    if world() > 1 and command not in _OF_SEVERAL:
-        raise EigenDamageError(
-            f"'{command}' runs in one process; start it without torchrun (several processes are "
-            f"for: {', '.join(_OF_SEVERAL)})"
-        )
+    @wraps(command)
+    def alone(*args: P.args, **kwargs: P.kwargs) -> None:
+        if world() > 1:
+            raise EigenDamageError(
+                "this command runs in one process: start it without torchrun (compress is the one "
+                "that shares its work out)"
+            )
+        command(*args, **kwargs)
+
+    return alone
 
 
 def speaker() -> str:
