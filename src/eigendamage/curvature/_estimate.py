@@ -14,6 +14,7 @@ from eigendamage.curvature._curvature import Curvature, Extra
 from eigendamage.curvature._head import Fisher
 from eigendamage.curvature._layer import EigenvalueKind, LayerCurvature
 from eigendamage.curvature._losses import Loss, head_of, loss_name
+from eigendamage.curvature._memory import bytes_of, layer_bytes, within_memory
 from eigendamage.curvature._passes import (
     Passes,
     calls_of,
@@ -22,8 +23,8 @@ from eigendamage.curvature._passes import (
     with_gradients,
 )
 from eigendamage.curvature._sinks import PatchWish
-from eigendamage.curvature._survey import survey
-from eigendamage.distributed import mark_of, one_fate, require_same
+from eigendamage.curvature._survey import Survey, survey
+from eigendamage.distributed import decided, mark_of, one_fate, require_same
 from eigendamage.errors import EigenDamageError, MismatchError, NonFiniteError
 from eigendamage.layers import Layer, find_channels
 
@@ -40,6 +41,7 @@ def estimate_curvature(
     ignore: Iterable[str] = (),
     max_examples: int | None = None,
     layers_per_pass: int | None = None,
+    max_memory: int | str | None = None,
     factor_device: torch.device | str | None = None,
     also: Iterable[Extra] = (),
     patch_positions: int | None = 64,
@@ -77,6 +79,9 @@ def estimate_curvature(
         layers_per_pass: stream: handle only so many layers in one pass over the data, which bounds
             memory to their factors and kept inputs at the price of more passes. Finished factors
             move to ``factor_device``.
+        max_memory: the same by bytes, or by a string such as ``"2GB"``: as many layers in one pass
+            as their sums, bases and kept inputs stay below it, for batches of the size of the
+            first. The model, its activations and finished factors come on top.
         factor_device: where factors and eigenvalues accumulate and stay; the layer's own by
             default, the CPU when streaming.
         also: what other methods than EigenDamage need. ``patches``: A over whole patches,
@@ -105,17 +110,14 @@ def estimate_curvature(
         ChannelError: if ``channels`` are wished for and cannot be traced.
         ProcessError: if another process of the group failed or ended.
     """
-    if fisher not in ("mc", "exact", "empirical"):
-        raise EigenDamageError(f"fisher '{fisher}' is unknown; known are mc, exact, empirical")
-    if eigenvalues not in ("ekfac", "kfac"):
-        raise EigenDamageError(f"eigenvalues '{eigenvalues}' is unknown; known are ekfac, kfac")
-    if layers_per_pass is not None and layers_per_pass < 1:
-        raise EigenDamageError(f"layers_per_pass is {layers_per_pass}; it must be at least 1")
-    if layers_per_pass is not None and factor_device is None:
+    _refuse_unknown(fisher, eigenvalues)
+    _refuse_below_one(layers_per_pass=layers_per_pass, patch_positions=patch_positions)
+    if layers_per_pass is not None and max_memory is not None:
+        raise EigenDamageError("give layers_per_pass or max_memory, not both")
+    limit = None if max_memory is None else bytes_of(max_memory)
+    if (layers_per_pass is not None or limit is not None) and factor_device is None:
         factor_device = "cpu"
     extras = _extras(also)
-    if patch_positions is not None and patch_positions < 1:
-        raise EigenDamageError(f"patch_positions is {patch_positions}; it must be at least 1")
     home = None if factor_device is None else torch.device(factor_device)
     head = head_of(loss, reduction)
 
@@ -126,17 +128,21 @@ def estimate_curvature(
     _refuse_broken_weights(surveyed.layers.values())
     require_same("the weights", mark_of([*model.parameters(), *model.buffers()]))
     require_same("the first batches", mark_of(tensors_in([*first.args, *first.kwargs.values()])))
-    options = (loss_name(loss), fisher, eigenvalues, layers_per_pass, extras, patch_positions, seed)
-    require_same("the options or the layers", (*options, max_examples, *surveyed.layers))
+    options = (loss_name(loss), fisher, eigenvalues, layers_per_pass, limit, max_examples)
+    options = (*options, extras, patch_positions, seed, basis is None)
+    require_same("the options or the layers", (*options, *surveyed.layers))
     if basis is not None:
         _refuse_other_model(basis, surveyed.layers, extras)
-    graph = find_channels(model, first) if "channels" in extras else None
+    graph = decided(lambda: find_channels(model, first)) if "channels" in extras else None
     passes = Passes(model, batches, head, fisher, seed, progress)
     wish: PatchWish | None = None
     if "patches" in extras:
         wish = PatchWish.of(surveyed.layers, calls_of(surveyed.trace), patch_positions, seed)
 
-    groups = _groups(list(surveyed.layers.values()), layers_per_pass)
+    if limit is None:
+        groups = _groups(list(surveyed.layers.values()), layers_per_pass)
+    else:
+        groups = _groups_within(limit, surveyed, first.size, patches=wish is not None)
     done: dict[str, LayerCurvature] = {}
     for index, group in enumerate(groups):
         part = "" if len(groups) == 1 else f" (layers {index + 1} of {len(groups)})"
@@ -175,6 +181,29 @@ def _extras(also: Iterable[Extra]) -> tuple[Extra, ...]:
 def _groups(layers: list[Layer], size: int | None) -> list[list[Layer]]:
     step = size or len(layers)
     return [layers[k : k + step] for k in range(0, len(layers), step)]
+
+
+def _groups_within(
+    limit: int, surveyed: Survey, examples: int, *, patches: bool
+) -> list[list[Layer]]:
+    def needed(layer: Layer) -> int:
+        shape = surveyed.trace.layers[layer.name].shape
+        return layer_bytes(layer, shape, examples, patches=patches)
+
+    return within_memory(list(surveyed.layers.values()), needed, limit)
+
+
+def _refuse_unknown(fisher: str, eigenvalues: str) -> None:
+    if fisher not in ("mc", "exact", "empirical"):
+        raise EigenDamageError(f"fisher '{fisher}' is unknown; known are mc, exact, empirical")
+    if eigenvalues not in ("ekfac", "kfac"):
+        raise EigenDamageError(f"eigenvalues '{eigenvalues}' is unknown; known are ekfac, kfac")
+
+
+def _refuse_below_one(*, layers_per_pass: int | None, patch_positions: int | None) -> None:
+    for what, count in (("layers_per_pass", layers_per_pass), ("patch_positions", patch_positions)):
+        if count is not None and count < 1:
+            raise EigenDamageError(f"{what} is {count}; it must be at least 1")
 
 
 def _refuse_broken_weights(layers: Iterable[Layer]) -> None:
