@@ -318,6 +318,29 @@ def latency_budgets(results: Mapping[str, Any]) -> str:
     return f"{whole}\n\n{source}"
 
 
+def curvature_memory(results: Mapping[str, Any]) -> str:
+    """What memory options save of the peak."""
+    header = ("setting", "passes", "peak, MB", "of it the result, MB", "seconds")
+    rows = [
+        [
+            row["setting"],
+            str(row["passes"]),
+            f"{row['peak'] / 1e6:.0f}",
+            f"{row['result'] / 1e6:.0f}",
+            f"{row['seconds']:.0f}",
+        ]
+        for row in results["rows"]
+    ]
+    source = (
+        f"`{results['command']}`: {results['network']}, {results['images']} images in batches of "
+        f"{results['batch']}, {results['positions']} positions of each for patches, seed "
+        f"{results['seed']}, {results['machine']['threads']} threads, "
+        f"{words_of(results['versions'])}. The peak is what the call adds to that of a forward and "
+        f"backward pass before it, as resident memory."
+    )
+    return f"{table(header, rows)}\n\n{source}"
+
+
 def compare(results: Mapping[str, Any]) -> str:
     """A table for each budget of a comparison: one row a method, best at the end first."""
     settings, parts = results["settings"], []
@@ -422,6 +445,7 @@ TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "resnet20-cifar10": ("resnet20_cifar10.json", resnet20_cifar10),
     "auto-cifar10": ("auto_cifar10.json", auto_cifar10),
     "planning": ("planning.json", planning),
+    "curvature-memory": ("curvature_memory.json", curvature_memory),
     "latency-budgets": ("latency_budgets.json", latency_budgets),
     "compare": ("compare.json", compare),
 }

@@ -23,6 +23,7 @@ from eigendamage.errors import LossError as LossError
 from eigendamage.errors import MismatchError as MismatchError
 from eigendamage.errors import NonFiniteError as NonFiniteError
 from eigendamage.errors import NothingToCompressError as NothingToCompressError
+from eigendamage.errors import ProcessError as ProcessError
 from eigendamage.errors import ShapeError as ShapeError
 from eigendamage.layers import FactoredConv2d as FactoredConv2d
 from eigendamage.layers import FactoredLinear as FactoredLinear

@@ -21,6 +21,11 @@ class LayerError(EigenDamageError):
     def __init__(self, layer: str, message: str) -> None:
         super().__init__(f"layer '{layer}': {message}")
         self.layer = layer
+        self._message = message
+
+    def __reduce__(self) -> tuple[type[LayerError], tuple[str, str]]:
+        # An error travels between processes, and is made anew by what it was made of.
+        return type(self), (self.layer, self._message)
 
 
 class ShapeError(LayerError):
@@ -49,3 +54,7 @@ class MismatchError(EigenDamageError):
 
 class FileFormatError(EigenDamageError):
     """A file is not what it should be: another format, another version, cut short."""
+
+
+class ProcessError(EigenDamageError):
+    """Another of several processes that compute one result failed, ended or is out of step."""

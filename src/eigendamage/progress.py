@@ -17,6 +17,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from eigendamage.distributed import rank
+
 T = TypeVar("T")
 _PATIENCE_S = 2.0
 
@@ -26,9 +28,9 @@ def track(items: Iterable[T], what: str, *, total: int | None, enabled: bool) ->
 
     On a terminal a bar with the time left, gone when it is done; elsewhere one line on standard
     error at the end, and only if it took longer than two seconds. Nothing where ``enabled`` is
-    false.
+    false, and in all but the first of several processes.
     """
-    if not enabled:
+    if not enabled or rank() > 0:
         yield from items
         return
     console = Console(stderr=True)

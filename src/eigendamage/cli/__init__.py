@@ -10,6 +10,7 @@ from eigendamage._version import __version__
 from eigendamage.cli._compare import compare_command
 from eigendamage.cli._compress import compress_command
 from eigendamage.cli._demo import demo_command
+from eigendamage.cli._processes import in_one_process, processes, speaker
 from eigendamage.cli._sweep import sweep_command
 from eigendamage.errors import EigenDamageError
 
@@ -19,10 +20,10 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-app.command("demo")(demo_command)
+app.command("demo")(in_one_process(demo_command))
 app.command("compress")(compress_command)
-app.command("sweep")(sweep_command)
-app.command("compare")(compare_command)
+app.command("sweep")(in_one_process(sweep_command))
+app.command("compare")(in_one_process(compare_command))
 
 
 def _show_version(wanted: bool) -> bool:
@@ -47,7 +48,8 @@ def options(
 def main() -> None:
     """Entry point: errors of the library become one line on standard error and exit code 1."""
     try:
-        app()
+        with processes():
+            app()
     except (EigenDamageError, OSError) as error:
-        print(f"eigendamage: {error}", file=sys.stderr)
+        print(f"{speaker()}: {error}", file=sys.stderr)
         sys.exit(1)

@@ -9,9 +9,11 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 from eigendamage.cli._parsing import floors, kinds, refuse_unwritable
+from eigendamage.cli._processes import home
 from eigendamage.cli._sources import Training, load_data, load_model
 from eigendamage.compress import Compressed, compress
 from eigendamage.curvature import EigenvalueKind, Fisher, save_curvature
+from eigendamage.distributed import rank
 from eigendamage.files import written_beside
 from eigendamage.plan import ACTIONS, METHODS, Budget
 from eigendamage.report import print_report
@@ -120,7 +122,7 @@ def compress_command(
     refuse_unwritable(out)
     floor_of, allowed = floors(floor), kinds(actions)
     budget = Budget(macs=macs, params=params, bytes=size, latency=latency, loss=loss, ratio=ratio)
-    network = load_model(model, weights)
+    network = load_model(model, weights).to(home())
     images = load_data(
         data,
         examples=examples,
@@ -162,6 +164,8 @@ def compress_command(
         seed=seed,
         progress=not quiet,
     )
+    if rank() > 0:
+        return
     _write(result, out)
     if as_json:
         typer.echo(result.report.model_dump_json(indent=1))

@@ -14,6 +14,7 @@ from eigendamage.compress._once import check, once
 from eigendamage.compress._result import Compressed, Options
 from eigendamage.compress._rounds import RoundTraining, in_rounds
 from eigendamage.curvature import Curvature, EigenvalueKind, Fisher, Loss
+from eigendamage.distributed import one_fate
 from eigendamage.errors import EigenDamageError
 from eigendamage.plan import (
     ACTIONS,
@@ -27,6 +28,7 @@ from eigendamage.plan import (
 from eigendamage.training import FinetuneConfig, PolishConfig
 
 
+@one_fate
 def compress(
     model: nn.Module,
     data: Data,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from eigendamage.compress._steps import CALIBRATED_ON, Settings, Source, divergence
+from eigendamage.distributed import from_first
 from eigendamage.errors import BudgetError
 from eigendamage.measure import calibrate
 from eigendamage.plan import (
@@ -120,4 +121,4 @@ def _calibrated(source: Source, plans: list[Plan], settings: Settings) -> Source
             max_examples=CALIBRATED_ON,
             progress=settings.progress,
         )
-    return replace(source, calibration=calibration)
+    return replace(source, calibration=from_first(calibration))

@@ -23,6 +23,7 @@ from eigendamage.curvature import (
     head_of,
     loss_name,
 )
+from eigendamage.distributed import decided
 from eigendamage.errors import ChannelError, EigenDamageError, LossError, MismatchError
 from eigendamage.layers import ON_REQUEST, find_layers
 from eigendamage.measure import measure_latency_table
@@ -149,13 +150,15 @@ class Preparation:
     def _table(self, model: nn.Module, curvature: Curvature) -> LatencyTable:
         layers = find_layers(model).compressible
         with self.settings.clock.stage("latency"):
-            return measure_latency_table(
-                model,
-                self.data,
-                layers={name: layer for name, layer in layers.items() if name in curvature},
-                batch=self.timing.batch,
-                multiple=self.multiple,
-                progress=self.settings.progress,
+            return decided(
+                lambda: measure_latency_table(
+                    model,
+                    self.data,
+                    layers={name: layer for name, layer in layers.items() if name in curvature},
+                    batch=self.timing.batch,
+                    multiple=self.multiple,
+                    progress=self.settings.progress,
+                )
             )
 
 

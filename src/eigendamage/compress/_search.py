@@ -11,8 +11,9 @@ from torch import nn
 from eigendamage.batches import Data
 from eigendamage.compress._planned import planned
 from eigendamage.compress._steps import Built, Settings, Source, built, divergence
+from eigendamage.distributed import decided
 from eigendamage.errors import BudgetError, NothingToCompressError
-from eigendamage.measure import latency
+from eigendamage.measure import Latency, latency
 from eigendamage.plan import Budget, Plan
 from eigendamage.surgery import apply_plan
 
@@ -95,9 +96,7 @@ def _within_latency(
             continue
         with settings.clock.stage("latency"):
             cut = apply_plan(source.model, plan, source.curvature)
-            times = latency(
-                [source.model, cut], timing.data, batch=timing.batch, rounds=_LATENCY_ROUNDS
-            )
+            times = _times([source.model, cut], timing, _LATENCY_ROUNDS)
         found = times[1].median / times[0].median
         fastest = min(fastest, found)
         if found <= goal:
@@ -118,9 +117,7 @@ def _within_latency(
         # The best of several noisy trials looks faster than it is: it is timed once more.
         with settings.clock.stage("latency"):
             cut = apply_plan(source.model, best[1], source.curvature)
-            again = latency(
-                [source.model, cut], timing.data, batch=timing.batch, rounds=2 * _LATENCY_ROUNDS
-            )
+            again = _times([source.model, cut], timing, 2 * _LATENCY_ROUNDS)
         best = (*best[:2], again[1].median / again[0].median)
     if best is None:
         raise BudgetError(
@@ -129,6 +126,11 @@ def _within_latency(
             f"not get faster with their MACs; give a larger budget, or one of MACs"
         )
     return best
+
+
+def _times(models: list[nn.Module], timing: Timing, rounds: int) -> list[Latency]:
+    """What models take a call; the first of several processes measures while the others wait."""
+    return decided(lambda: latency(models, timing.data, batch=timing.batch, rounds=rounds))
 
 
 def _with_latency(budget: Budget, fraction: float) -> Budget:

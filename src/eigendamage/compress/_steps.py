@@ -12,6 +12,7 @@ from torch import nn
 
 from eigendamage.compress._split import Parts
 from eigendamage.curvature import Curvature, Loss
+from eigendamage.distributed import from_first, with_first_state
 from eigendamage.layers import ON_REQUEST, copy_model
 from eigendamage.measure import evaluate
 from eigendamage.plan import (
@@ -159,6 +160,7 @@ def built(original: nn.Module, source: Source, plan: Plan, settings: Settings) -
     """What a plan makes of a model, repaired towards the original."""
     with settings.clock.stage("surgery"):
         cut = apply_plan(source.model, plan, source.curvature)
+        with_first_state(cut)
     outputs = left_outputs(source.outputs, plan)
     if not settings.repair or settings.parts is None or not plan.changed:
         return Built(source, plan, cut, cut, None, outputs)
@@ -175,6 +177,7 @@ def built(original: nn.Module, source: Source, plan: Plan, settings: Settings) -
             seed=settings.seed,
             progress=settings.progress,
         )
+        with_first_state(model)
         before, after = (divergence(original, each, settings) for each in (cut, model))
     if before is not None and after is not None and after > before:
         note = (
@@ -212,11 +215,12 @@ def divergence(original: nn.Module, model: nn.Module, settings: Settings) -> flo
     """KL(original ‖ model), or what takes its place, on the held-out part."""
     if settings.parts is None:
         return None
-    return evaluate(
+    found = evaluate(
         model,
         settings.parts.held_out,
         loss=settings.loss,
         reference=original,
         reduction=settings.reduction,
         progress=settings.progress,
-    ).divergence
+    )
+    return from_first(found.divergence)

@@ -16,6 +16,7 @@ from eigendamage.compress._prepare import Preparation, prepared, require_loss
 from eigendamage.compress._search import smaller
 from eigendamage.compress._steps import Source
 from eigendamage.curvature import Curvature, Fisher, Loss
+from eigendamage.distributed import one_fate
 from eigendamage.errors import BudgetError, EigenDamageError
 from eigendamage.measure import Evaluation, evaluate
 from eigendamage.plan import ACTIONS, ActionKind, Budget, check_options
@@ -25,6 +26,7 @@ BUDGETS: tuple[Budget, ...] = tuple(Budget(macs=tenths / 10) for tenths in range
 """What `sweep` goes through by default: 0.9 to 0.2 of the MACs."""
 
 
+@one_fate
 def sweep(
     model: nn.Module,
     data: Data,

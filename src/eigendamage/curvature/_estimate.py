@@ -8,12 +8,13 @@ from typing import Literal, get_args
 import torch
 from torch import nn
 
-from eigendamage.batches import Batches, Data, device_of
+from eigendamage.batches import Batches, Data, device_of, tensors_in
 from eigendamage.curvature._capture import preserved_random_state
 from eigendamage.curvature._curvature import Curvature, Extra
 from eigendamage.curvature._head import Fisher
 from eigendamage.curvature._layer import EigenvalueKind, LayerCurvature
 from eigendamage.curvature._losses import Loss, head_of, loss_name
+from eigendamage.curvature._memory import bytes_of, layer_bytes, within_memory
 from eigendamage.curvature._passes import (
     Passes,
     calls_of,
@@ -21,13 +22,14 @@ from eigendamage.curvature._passes import (
     with_eigenvalues,
     with_gradients,
 )
-from eigendamage.curvature._patches import PositionDraws
 from eigendamage.curvature._sinks import PatchWish
-from eigendamage.curvature._survey import survey
+from eigendamage.curvature._survey import Survey, survey
+from eigendamage.distributed import decided, mark_of, one_fate, require_same
 from eigendamage.errors import EigenDamageError, MismatchError, NonFiniteError
-from eigendamage.layers import Layer, Trace, find_channels
+from eigendamage.layers import Layer, find_channels
 
 
+@one_fate
 def estimate_curvature(
     model: nn.Module,
     data: Data,
@@ -39,6 +41,7 @@ def estimate_curvature(
     ignore: Iterable[str] = (),
     max_examples: int | None = None,
     layers_per_pass: int | None = None,
+    max_memory: int | str | None = None,
     factor_device: torch.device | str | None = None,
     also: Iterable[Extra] = (),
     patch_positions: int | None = 64,
@@ -52,6 +55,10 @@ def estimate_curvature(
     one for S and A (Martens & Grosse 2015; Grosse & Martens 2016), one for λ (George et al. 2018).
     The model runs in eval mode and is left as it was: weights, gradients, hooks, modes, random
     state. Accumulators are float32 (float64 for float64 models), eigendecompositions float64.
+
+    In a group of several processes (``torch.distributed``) all make this call with the same model
+    and the same data. Batches are dealt out in turn, sums are reduced, eigendecompositions shared
+    out; all get the same result to the bit, and that of a single process up to rounding.
 
     Args:
         model: the network. Its output, ``.logits`` of it, or the first item of a tuple is what the
@@ -72,6 +79,9 @@ def estimate_curvature(
         layers_per_pass: stream: handle only so many layers in one pass over the data, which bounds
             memory to their factors and kept inputs at the price of more passes. Finished factors
             move to ``factor_device``.
+        max_memory: the same by bytes, or by a string such as ``"2GB"``: as many layers in one pass
+            as their sums, bases and kept inputs stay below it, for batches of the size of the
+            first. The model, its activations and finished factors come on top.
         factor_device: where factors and eigenvalues accumulate and stay; the layer's own by
             default, the CPU when streaming.
         also: what other methods than EigenDamage need. ``patches``: A over whole patches,
@@ -98,18 +108,16 @@ def estimate_curvature(
         LayerError: if a layer's tensors cannot be told apart by example.
         MismatchError: if ``basis`` is of another model.
         ChannelError: if ``channels`` are wished for and cannot be traced.
+        ProcessError: if another process of the group failed or ended.
     """
-    if fisher not in ("mc", "exact", "empirical"):
-        raise EigenDamageError(f"fisher '{fisher}' is unknown; known are mc, exact, empirical")
-    if eigenvalues not in ("ekfac", "kfac"):
-        raise EigenDamageError(f"eigenvalues '{eigenvalues}' is unknown; known are ekfac, kfac")
-    if layers_per_pass is not None and layers_per_pass < 1:
-        raise EigenDamageError(f"layers_per_pass is {layers_per_pass}; it must be at least 1")
-    if layers_per_pass is not None and factor_device is None:
+    _refuse_unknown(fisher, eigenvalues)
+    _refuse_below_one(layers_per_pass=layers_per_pass, patch_positions=patch_positions)
+    if layers_per_pass is not None and max_memory is not None:
+        raise EigenDamageError("give layers_per_pass or max_memory, not both")
+    limit = None if max_memory is None else bytes_of(max_memory)
+    if (layers_per_pass is not None or limit is not None) and factor_device is None:
         factor_device = "cpu"
     extras = _extras(also)
-    if patch_positions is not None and patch_positions < 1:
-        raise EigenDamageError(f"patch_positions is {patch_positions}; it must be at least 1")
     home = None if factor_device is None else torch.device(factor_device)
     head = head_of(loss, reduction)
 
@@ -118,13 +126,23 @@ def estimate_curvature(
         first = batches.peek()
         surveyed = survey(model, first, ignore, head)
     _refuse_broken_weights(surveyed.layers.values())
+    require_same("the weights", mark_of([*model.parameters(), *model.buffers()]))
+    require_same("the first batches", mark_of(tensors_in([*first.args, *first.kwargs.values()])))
+    options = (loss_name(loss), fisher, eigenvalues, layers_per_pass, limit, max_examples)
+    options = (*options, extras, patch_positions, seed, basis is None)
+    require_same("the options or the layers", (*options, *surveyed.layers))
     if basis is not None:
         _refuse_other_model(basis, surveyed.layers, extras)
-    graph = find_channels(model, first) if "channels" in extras else None
+    graph = decided(lambda: find_channels(model, first)) if "channels" in extras else None
     passes = Passes(model, batches, head, fisher, seed, progress)
-    wish = _patch_wish(extras, patch_positions, seed, surveyed.trace)
+    wish: PatchWish | None = None
+    if "patches" in extras:
+        wish = PatchWish.of(surveyed.layers, calls_of(surveyed.trace), patch_positions, seed)
 
-    groups = _groups(list(surveyed.layers.values()), layers_per_pass)
+    if limit is None:
+        groups = _groups(list(surveyed.layers.values()), layers_per_pass)
+    else:
+        groups = _groups_within(limit, surveyed, first.size, patches=wish is not None)
     done: dict[str, LayerCurvature] = {}
     for index, group in enumerate(groups):
         part = "" if len(groups) == 1 else f" (layers {index + 1} of {len(groups)})"
@@ -160,19 +178,32 @@ def _extras(also: Iterable[Extra]) -> tuple[Extra, ...]:
     return tuple(extra for extra in known if extra in wanted)
 
 
-def _patch_wish(
-    extras: tuple[Extra, ...], positions: int | None, seed: int, traced: Trace
-) -> PatchWish | None:
-    if "patches" not in extras:
-        return None
-    return PatchWish(
-        calls_of(traced), None if positions is None else PositionDraws(positions, seed)
-    )
-
-
 def _groups(layers: list[Layer], size: int | None) -> list[list[Layer]]:
     step = size or len(layers)
     return [layers[k : k + step] for k in range(0, len(layers), step)]
+
+
+def _groups_within(
+    limit: int, surveyed: Survey, examples: int, *, patches: bool
+) -> list[list[Layer]]:
+    def needed(layer: Layer) -> int:
+        shape = surveyed.trace.layers[layer.name].shape
+        return layer_bytes(layer, shape, examples, patches=patches)
+
+    return within_memory(list(surveyed.layers.values()), needed, limit)
+
+
+def _refuse_unknown(fisher: str, eigenvalues: str) -> None:
+    if fisher not in ("mc", "exact", "empirical"):
+        raise EigenDamageError(f"fisher '{fisher}' is unknown; known are mc, exact, empirical")
+    if eigenvalues not in ("ekfac", "kfac"):
+        raise EigenDamageError(f"eigenvalues '{eigenvalues}' is unknown; known are ekfac, kfac")
+
+
+def _refuse_below_one(*, layers_per_pass: int | None, patch_positions: int | None) -> None:
+    for what, count in (("layers_per_pass", layers_per_pass), ("patch_positions", patch_positions)):
+        if count is not None and count < 1:
+            raise EigenDamageError(f"{what} is {count}; it must be at least 1")
 
 
 def _refuse_broken_weights(layers: Iterable[Layer]) -> None:

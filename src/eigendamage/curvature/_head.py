@@ -63,6 +63,10 @@ class Head(ABC):
             NonFiniteError: if the model's output or the loss holds a NaN or an infinity.
         """
 
+    def numbers_drawn(self, output: Any, fisher: Fisher) -> int:
+        """How many random numbers `seeds` takes for a batch with this output."""
+        return 0
+
 
 class PredictiveHead(Head):
     """A loss that is (up to scale) the log-likelihood of a predictive distribution."""
@@ -124,9 +128,16 @@ class PredictiveHead(Head):
         for index, v in enumerate(cotangents):
             yield Seed(logits, v.to(logits.dtype), more=index + 1 < total)
 
+    def numbers_drawn(self, output: Any, fisher: Fisher) -> int:
+        return self.draws(logits_of(output)) if fisher == "mc" else 0
+
     @abstractmethod
     def sampled(self, logits: Tensor, batch: Batch, random: torch.Generator) -> Tensor:
         """One cotangent, drawn from the model's own prediction."""
+
+    @abstractmethod
+    def draws(self, logits: Tensor) -> int:
+        """How many uniform numbers `sampled` takes, one after another."""
 
     @abstractmethod
     def observed(self, logits: Tensor, batch: Batch) -> Tensor:

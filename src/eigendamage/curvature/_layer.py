@@ -9,11 +9,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from eigendamage.curvature._factors import eigenbasis_within, homogeneous
+from eigendamage.curvature._factors import Eigenbasis, eigenbasis_within, homogeneous
 from eigendamage.errors import EigenDamageError
 from eigendamage.layers import LayerShape
 
 EigenvalueKind = Literal["ekfac", "kfac"]
+
+
+def factor_bases(
+    S: Float[Tensor, "o o"],
+    A: Float[Tensor, "i i"],
+    spans: tuple[Tensor | None, Tensor | None],
+) -> tuple[Eigenbasis, Eigenbasis]:
+    """The eigenbases of S and A, in float64, as `LayerCurvature.ranks` lays them out."""
+    return eigenbasis_within(S, spans[0]), eigenbasis_within(A, spans[1])
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +93,23 @@ class LayerCurvature:
         ``spans`` are orthonormal columns that the weight's outputs, (o, r_o), and inputs,
         (i, r_i), lie in; None for all.
         """
-        of_S, of_A = eigenbasis_within(S, spans[0]), eigenbasis_within(A, spans[1])
+        bases = factor_bases(S, A, spans)
+        return cls.from_bases(S, A, mean, examples, positions, shape, spans, bases)
+
+    @classmethod
+    def from_bases(
+        cls,
+        S: Tensor,
+        A: Tensor,
+        mean: Tensor,
+        examples: int,
+        positions: int,
+        shape: LayerShape,
+        spans: tuple[Tensor | None, Tensor | None],
+        bases: tuple[Eigenbasis, Eigenbasis],
+    ) -> LayerCurvature:
+        """As `from_factors`, where their eigenbases, of `factor_bases`, are known already."""
+        of_S, of_A = bases
         products = torch.outer(of_S.values, of_A.values).to(S)
         return cls(
             S=S,

@@ -65,6 +65,9 @@ class CrossEntropy(PredictiveHead):
         v = p - F.one_hot(drawn, p.shape[-1]).to(p.dtype)
         return self._as_output(v * self._mask(v[..., 0], batch).unsqueeze(-1))
 
+    def draws(self, logits: Tensor) -> int:
+        return self._classes_last(logits)[..., 0].numel()
+
     def observed(self, logits: Tensor, batch: Batch) -> Tensor:
         z = self._classes_last(logits)
         p = z.softmax(-1)
@@ -162,6 +165,9 @@ class SquaredError(PredictiveHead):
         normal = torch.special.ndtri(uniform.clamp_min(tiny)).to(logits)
         return normal * (2 / logits[0].numel()) ** 0.5
 
+    def draws(self, logits: Tensor) -> int:
+        return logits.numel()
+
     def observed(self, logits: Tensor, batch: Batch) -> Tensor:
         return (logits - _same_shape(target_of(batch), logits)) * (2 / logits[0].numel())
 
@@ -197,6 +203,9 @@ class BinaryCrossEntropy(PredictiveHead):
         p = logits.sigmoid()
         uniform = torch.rand(p.shape, generator=random, dtype=torch.float64).to(p.device)
         return (p - (uniform < p).to(p.dtype)) / logits[0].numel() ** 0.5
+
+    def draws(self, logits: Tensor) -> int:
+        return logits.numel()
 
     def observed(self, logits: Tensor, batch: Batch) -> Tensor:
         target = _same_shape(target_of(batch), logits).to(logits.dtype)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from eigendamage.batches import Batches, call
+from eigendamage.batches import Batch, Batches, call
 from eigendamage.curvature._capture import Capture, Sink, undisturbed
-from eigendamage.curvature._head import Fisher, Head
-from eigendamage.curvature._layer import LayerCurvature
+from eigendamage.curvature._factors import Eigenbasis
+from eigendamage.curvature._head import Fisher, Head, Seed
+from eigendamage.curvature._layer import LayerCurvature, factor_bases
+from eigendamage.curvature._patches import advance
 from eigendamage.curvature._sinks import EigenvalueSink, FactorSink, GradientSink, PatchWish
+from eigendamage.distributed import dealt, from_rank, gathered, rank, shared_out
 from eigendamage.errors import LayerError, MismatchError, NonFiniteError
 from eigendamage.layers import Layer, Trace
 from eigendamage.progress import track
@@ -45,25 +49,55 @@ class Passes:
         sink: Sink[Any],
         what: str,
         after_backward: Callable[[], None] | None = None,
+        before_batch: Callable[[int], None] | None = None,
     ) -> None:
+        """One pass; of several processes each takes its share of the batches.
+
+        Args:
+            layers: to capture.
+            sink: what is made of them.
+            what: said of the pass while it runs.
+            after_backward: called after each backward pass.
+            before_batch: called before each batch with the number of examples before it.
+        """
         random = torch.Generator().manual_seed(self._seed)
         examples = 0
         shown = track(self._batches, what, total=len(self._batches) or None, enabled=self._progress)
         with undisturbed(self._model), Capture(layers, sink) as capture:
-            for batch in shown:
-                capture.expect(batch.size)
-                output = call(self._model, batch)
-                for seed in self._head.seeds(output, batch, self._fisher, random):
-                    capture.backward(seed)
-                    if after_backward is not None:
-                        after_backward()
-                examples += batch.size
+            for step in dealt(shown):
+                mine = step[rank()] if rank() < len(step) else None
+                if before_batch is not None:
+                    before_batch(examples + sum(batch.size for batch in step[: rank()]))
+                if mine is not None:
+                    capture.expect(mine.size)
+                output = None if mine is None else call(self._model, mine)
+                with self._own_turn(random, mine, output):
+                    for seed in self._seeds(random, mine, output):
+                        capture.backward(seed)
+                        if after_backward is not None:
+                            after_backward()
+                examples += sum(batch.size for batch in step)
         if self.examples and examples != self.examples:
             raise MismatchError(
                 f"the first pass over the data saw {self.examples} examples, the next one "
                 f"{examples}; give data that can be gone through more than once, such as a list"
             )
         self.examples = examples
+
+    def _seeds(self, random: torch.Generator, batch: Batch | None, output: Any) -> Iterator[Seed]:
+        if batch is not None:
+            yield from self._head.seeds(output, batch, self._fisher, random)
+
+    @contextmanager
+    def _own_turn(
+        self, random: torch.Generator, batch: Batch | None, output: Any
+    ) -> Generator[None]:
+        """Inside, ``random`` is where it would be in one process that had come to this batch."""
+        drawn = 0 if batch is None else self._head.numbers_drawn(output, self._fisher)
+        of_all = gathered(drawn)
+        advance(random, sum(of_all[: rank()]))
+        yield
+        advance(random, sum(of_all[rank() + 1 :]))
 
 
 def factors(
@@ -76,24 +110,33 @@ def factors(
 ) -> dict[str, LayerCurvature]:
     """S, A, the mean, and A over whole patches if wished for, with their eigenbasis."""
     sink = FactorSink(home, patches)
-    passes.run(layers, sink, what)
-    examples = passes.examples
-    found: dict[str, LayerCurvature] = {}
+    passes.run(layers, sink, what, before_batch=sink.start_at)
+    sums, examples = sink.reduced(layers), passes.examples
+    moments: dict[str, tuple[Tensor, Tensor]] = {}
     for layer in layers:
-        total = sink.sums.get(layer.name)
+        total = sums.get(layer.name)
         if total is None:
             raise LayerError(layer.name, "no gradient reached it, though one did in a first probe")
-        taps = total.positions * layer.offsets
-        S, A, mean = total.output / examples, total.input / taps, total.total / taps
+        S, A = total.output / examples, total.input / (total.positions * layer.offsets)
         for side, tensor in (("output gradients", S), ("inputs", A)):
             if not bool(torch.isfinite(tensor).all()):
                 raise NonFiniteError(
                     f"layer '{layer.name}': the second moment of its {side} is not finite; they "
                     f"overflow or hold NaN. Check the weights, or run the model in float32"
                 )
-        shape = traced.layers[layer.name].shape
-        known = LayerCurvature.from_factors(
-            S, A, mean, examples, total.positions, shape, layer.spans()
+        moments[layer.name] = S, A
+    bases = eigenbases(layers, moments)
+    found: dict[str, LayerCurvature] = {}
+    for layer in layers:
+        total = sums[layer.name]
+        known = LayerCurvature.from_bases(
+            *moments[layer.name],
+            total.total / (total.positions * layer.offsets),
+            examples,
+            total.positions,
+            traced.layers[layer.name].shape,
+            layer.spans(),
+            bases[layer.name],
         )
         if total.patches is not None and total.patch_total is not None:
             known = replace(
@@ -103,6 +146,35 @@ def factors(
             )
         found[layer.name] = known
     return found
+
+
+def eigenbases(
+    layers: Sequence[Layer], moments: Mapping[str, tuple[Tensor, Tensor]]
+) -> dict[str, tuple[Eigenbasis, Eigenbasis]]:
+    """The eigenbases of each layer's (S, A), each computed by one process for all of them."""
+    owners = shared_out([float(layer.outputs**3 + layer.inputs**3) for layer in layers])
+    mine = {
+        layer.name: factor_bases(*moments[layer.name], layer.spans())
+        for layer, owner in zip(layers, owners, strict=True)
+        if owner == rank()
+    }
+    return {
+        layer.name: _from_owner(mine.get(layer.name), moments[layer.name], owner)
+        for layer, owner in zip(layers, owners, strict=True)
+    }
+
+
+def _from_owner(
+    bases: tuple[Eigenbasis, Eigenbasis] | None, moments: tuple[Tensor, Tensor], owner: int
+) -> tuple[Eigenbasis, Eigenbasis]:
+    parts = [
+        (m.new_empty(len(m), dtype=torch.float64), m.new_empty(m.shape, dtype=torch.float64))
+        for m in moments
+    ]
+    of_S, S_vectors, of_A, A_vectors = from_rank(
+        [tensor for part in bases or parts for tensor in part], owner
+    )
+    return Eigenbasis(of_S, S_vectors), Eigenbasis(of_A, A_vectors)
 
 
 def with_eigenvalues(
@@ -117,9 +189,10 @@ def with_eigenvalues(
     bases = {y.name: (curvature[y.name].Q_S, curvature[y.name].Q_A) for y in layers}
     sink = EigenvalueSink(bases, calls_of(traced), home)
     passes.run(layers, sink, what, sink.end_of_backward)
+    sums = sink.reduced(layers)
     found: dict[str, LayerCurvature] = {}
     for layer in layers:
-        known, lam = curvature[layer.name], sink.sums[layer.name] / passes.examples
+        known, lam = curvature[layer.name], sums[layer.name] / passes.examples
         if not bool(torch.isfinite(lam).all()):
             raise NonFiniteError(
                 f"layer '{layer.name}': λ is not finite; its gradients overflow or hold NaN"
@@ -144,9 +217,10 @@ def with_gradients(
     """The layers with the Fisher's diagonal and the first-order changes of their outputs."""
     sink = GradientSink(calls_of(traced), home)
     passes.run(layers, sink, what, sink.end_of_backward)
+    of_all, examples = sink.reduced(layers), passes.examples
     found: dict[str, LayerCurvature] = {}
     for layer in layers:
-        sums, examples = sink.sums[layer.name], passes.examples
+        sums = of_all[layer.name]
         if not bool(torch.isfinite(sums.squares).all()):
             raise NonFiniteError(
                 f"layer '{layer.name}': its squared gradients are not finite; they overflow or "

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -10,6 +13,7 @@ from eigendamage.curvature._factors import gram
 from eigendamage.layers import ConvGeometry
 
 _BUFFER_BYTES = 64 * 2**20
+_SKIPPED = 2**20  # numbers at a time
 
 
 def patch_moments(
@@ -73,26 +77,67 @@ def patches_at(
     return torch.stack(taps, 2)
 
 
+@dataclass
+class _Stream:
+    """The numbers of one layer, how many examples have had theirs, and the last ones drawn."""
+
+    random: torch.Generator
+    examples: int = 0
+    last: tuple[int, Tensor] | None = None
+
+
 class PositionDraws:
     """Which positions of each example are read: at most so many, the same for any batch size.
 
     Args:
         limit: the most positions an example; all are read where there are no more.
         seed: of the draws, one stream of numbers a layer in data order.
+        layers: the first layers that may draw, in the order of their streams; others have theirs
+            in the order in which they first draw.
     """
 
-    def __init__(self, limit: int, seed: int) -> None:
+    def __init__(self, limit: int, seed: int, layers: Iterable[str] = ()) -> None:
         self._limit = limit
         self._seed = seed
-        self._streams: dict[str, torch.Generator] = {}
+        self._streams: dict[str, _Stream] = {}
+        self._first: int | None = None
+        for name in layers:
+            self._stream(name)
+
+    def start_at(self, example: int) -> None:
+        """Say which example of the data the coming draws of each layer begin with.
+
+        Those before it are passed over, and a layer that draws again for the same examples (as
+        under activation checkpointing) gets the same positions. Until this is called, each draw
+        begins where the layer's last one ended.
+        """
+        self._first = example
 
     def draw(self, layer: str, examples: int, positions: int) -> Int[Tensor, "n p"] | None:
         """Uniform draws with replacement, (n, limit); None where all positions are to be read."""
         if positions <= self._limit:
             return None
-        stream = self._streams.get(layer)
-        if stream is None:
-            stream = torch.Generator().manual_seed(self._seed + len(self._streams))
-            self._streams[layer] = stream
-        uniform = torch.rand((examples, self._limit), generator=stream, dtype=torch.float64)
-        return (uniform * positions).long().clamp_max(positions - 1)
+        stream = self._stream(layer)
+        first = stream.examples if self._first is None else self._first
+        if stream.last is None or stream.last[0] != first or len(stream.last[1]) != examples:
+            advance(stream.random, (first - stream.examples) * self._limit)
+            uniform = torch.rand(
+                (examples, self._limit), generator=stream.random, dtype=torch.float64
+            )
+            stream.last = first, uniform
+            stream.examples = first + examples
+        return (stream.last[1] * positions).long().clamp_max(positions - 1)
+
+    def _stream(self, layer: str) -> _Stream:
+        if layer not in self._streams:
+            seed = self._seed + len(self._streams)
+            self._streams[layer] = _Stream(torch.Generator().manual_seed(seed))
+        return self._streams[layer]
+
+
+def advance(random: torch.Generator, count: int) -> None:
+    """Pass over so many uniform float64 numbers, as if they had been drawn."""
+    while count > 0:
+        size = min(count, _SKIPPED)
+        torch.rand(size, generator=random, dtype=torch.float64)
+        count -= size

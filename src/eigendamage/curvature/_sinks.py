@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ from eigendamage.curvature._capture import gradients_by_example, inputs_by_examp
 from eigendamage.curvature._ekfac import eigenvalue_sum, gradient_moments, gradient_norms
 from eigendamage.curvature._factors import gram, input_moments
 from eigendamage.curvature._patches import PositionDraws, patch_moments
+from eigendamage.distributed import summed, summed_counts
 from eigendamage.errors import LayerError
 from eigendamage.layers import Layer
 
@@ -38,6 +39,18 @@ class FactorSums:
     patch_total: Tensor | None
     positions: int = 0
 
+    def reduced(self, positions: int) -> FactorSums:
+        """The sums over all processes, given that of the positions."""
+        output, into, total, *patches = summed(
+            [
+                part
+                for part in (self.output, self.input, self.total, self.patches, self.patch_total)
+                if part is not None
+            ]
+        )
+        patch_moment, patch_total = patches or (None, None)
+        return FactorSums(output, into, total, patch_moment, patch_total, positions)
+
 
 @dataclass(frozen=True)
 class PatchWish:
@@ -50,6 +63,21 @@ class PatchWish:
 
     calls: Mapping[str, int]
     draws: PositionDraws | None
+
+    @staticmethod
+    def of(
+        layers: Mapping[str, Layer], calls: Mapping[str, int], positions: int | None, seed: int
+    ) -> PatchWish:
+        """At most so many positions of an example, drawn; None for all of them."""
+        if positions is None:
+            return PatchWish(calls, None)
+        drawing = [n for n, layer in layers.items() if has_patches(layer) and calls[n] == 1]
+        return PatchWish(calls, PositionDraws(positions, seed, drawing))
+
+
+def has_patches(layer: Layer) -> bool:
+    """Whether a layer's patches are more than its channels."""
+    return layer.geometry is not None and layer.geometry.offsets > 1
 
 
 class FactorSink:
@@ -69,10 +97,15 @@ class FactorSink:
         channels = input_moments(inputs, layer.geometry, name=layer.name)
         return _InputPart(channels, self._patch_part(layer, inputs))
 
+    def start_at(self, example: int) -> None:
+        """Say which example of the data the next batch begins with."""
+        if self._patches is not None and self._patches.draws is not None:
+            self._patches.draws.start_at(example)
+
     def _patch_part(self, layer: Layer, inputs: Tensor) -> tuple[Tensor, Tensor] | None:
         wish, geometry = self._patches, layer.geometry
-        if wish is None or geometry is None or geometry.offsets == 1:
-            return None  # with one kernel offset the patch is the channels
+        if wish is None or geometry is None or not has_patches(layer):
+            return None
         draws = wish.draws if wish.calls[layer.name] == 1 else None
         rows, columns = geometry.output_size(inputs.shape[2], inputs.shape[3])
         at = None if draws is None else draws.draw(layer.name, len(inputs), rows * columns)
@@ -82,16 +115,7 @@ class FactorSink:
         gradient = gradients_by_example(layer, g, examples)
         sums = self.sums.get(layer.name)
         if sums is None:
-            home = self._device or g.device
-            o, i, m = layer.outputs, layer.inputs, layer.inputs * layer.offsets
-            whole = record.patches is not None
-            sums = FactorSums(
-                gradient.new_zeros((o, o), device=home),
-                gradient.new_zeros((i, i), device=home),
-                gradient.new_zeros((i,), device=home),
-                gradient.new_zeros((m, m), device=home) if whole else None,
-                gradient.new_zeros((m,), device=home) if whole else None,
-            )
+            sums = self._empty(layer, gradient)
             self.sums[layer.name] = sums
         sums.output += gram(gradient).to(sums.output)
         if record.channels is not None:
@@ -105,6 +129,28 @@ class FactorSink:
             sums.patch_total += record.patches[1].to(sums.patch_total)
             record.patches = None
 
+    def _empty(self, layer: Layer, like: Tensor) -> FactorSums:
+        home = self._device or like.device
+        o, i, m = layer.outputs, layer.inputs, layer.inputs * layer.offsets
+        whole = self._patches is not None and has_patches(layer)
+        return FactorSums(
+            like.new_zeros((o, o), device=home),
+            like.new_zeros((i, i), device=home),
+            like.new_zeros((i,), device=home),
+            like.new_zeros((m, m), device=home) if whole else None,
+            like.new_zeros((m,), device=home) if whole else None,
+        )
+
+    def reduced(self, layers: Sequence[Layer]) -> dict[str, FactorSums]:
+        """The sums over the batches of all processes, without layers that no gradient reached."""
+        mine = [self.sums.get(y.name) or self._empty(y, accumulated_like(y)) for y in layers]
+        positions = summed_counts([sums.positions for sums in mine])
+        return {
+            layer.name: sums.reduced(count)
+            for layer, sums, count in zip(layers, mine, positions, strict=True)
+            if count
+        }
+
 
 @dataclass
 class _KeptInput:
@@ -112,6 +158,13 @@ class _KeptInput:
 
     x: Tensor
     version: int
+
+
+def accumulated_like(layer: Layer) -> Tensor:
+    """An empty tensor on a layer's device, of the type that its sums are of."""
+    weight = layer.weight()
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    return weight.new_empty(0, dtype=wide)
 
 
 class _PairSink:
@@ -185,6 +238,16 @@ class EigenvalueSink(_PairSink):
         else:
             self.sums[layer.name] = found.to(home)
 
+    def reduced(self, layers: Sequence[Layer]) -> dict[str, Tensor]:
+        """The sums over the batches of all processes."""
+        return {y.name: summed([self.sums.get(y.name, self._empty(y))])[0] for y in layers}
+
+    def _empty(self, layer: Layer) -> Tensor:
+        like = accumulated_like(layer)
+        return like.new_zeros(
+            (layer.outputs, layer.inputs, layer.offsets), device=self._device or like.device
+        )
+
 
 @dataclass
 class GradientMoments:
@@ -226,6 +289,24 @@ class GradientSink(_PairSink):
             )
         else:
             known.add(found)
+
+    def reduced(self, layers: Sequence[Layer]) -> dict[str, GradientMoments]:
+        """The sums over the batches of all processes."""
+        mine = ((y.name, self.sums.get(y.name) or self._empty(y)) for y in layers)
+        return {
+            name: GradientMoments(*summed([sums.squares, sums.bias_squares, sums.gates]))
+            for name, sums in mine
+        }
+
+    def _empty(self, layer: Layer) -> GradientMoments:
+        like = accumulated_like(layer)
+        home = self._device or like.device
+        o, i, K = layer.outputs, layer.inputs, layer.offsets
+        return GradientMoments(
+            like.new_zeros((o, i, K), device=home),
+            like.new_zeros((o,), device=home),
+            like.new_zeros((o,), device=home),
+        )
 
 
 class TraceSink(_PairSink):

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from eigendamage.distributed import decided
 from eigendamage.errors import BudgetError, NothingToCompressError
 from eigendamage.layers import ON_REQUEST, Cost, Layer
 from eigendamage.plan._calibrate import OF_CHANNELS
@@ -22,6 +23,7 @@ _ALL_TOGETHER = (
     "groups of channels that meet in layers, removed all together by one threshold, were cheaper "
     "than the best allocation of the menus; its gap says nothing here"
 )
+_ROUNDING = 1e-6  # prices that differ by less are one price, worked out in another order
 _ROUNDS = 3  # of refining what was chosen and choosing again
 
 
@@ -42,11 +44,11 @@ def plan_auto(task: Task, menus: Menus, options: AutoOptions) -> Result:
     task = replace(task, curvature=menus.seen)
     market = Market(task, menus, options)
     refined: set[tuple[str, int, int]] = set()
-    basket = market.allocate()
+    basket = decided(market.allocate)
     for _ in range(_ROUNDS if options.refine else 0):
         if not market.refine(basket, refined):
             break
-        basket = market.allocate()
+        basket = decided(market.allocate)
     result = _result(task, menus, options, market, basket)
     return _chained(task, menus, options, result) or result
 
@@ -87,7 +89,7 @@ def _chained(task: Task, menus: Menus, options: AutoOptions, found: Result) -> R
             if price
         )
 
-    if total(other) >= total(found):
+    if total(other) >= (1 - _ROUNDING) * total(found):
         return None
     calibrated = {
         name: float(

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from eigendamage.curvature import Curvature, EigenvalueKind
+from eigendamage.distributed import from_first, one_fate
 from eigendamage.errors import BudgetError, EigenDamageError, MismatchError
 from eigendamage.plan._auto import plan_auto
 from eigendamage.plan._blocks import FormChoice, plan_blocks
@@ -32,6 +33,7 @@ from eigendamage.plan._task import Result, Task
 from eigendamage.plan._weights import plan_weights
 
 
+@one_fate
 def make_plan(
     model: nn.Module,
     curvature: Curvature,
@@ -173,7 +175,7 @@ def make_plan(
             result = plan_channels(task, rule, per, torch.Generator().manual_seed(seed))
         case WeightMethod():
             result = plan_weights(task, known)
-    return _plan(task, method, variant, result)
+    return from_first(_plan(task, method, variant, result))
 
 
 def _plan(task: Task, method: str, variant: str | None, result: Result) -> Plan:

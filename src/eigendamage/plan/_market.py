@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -125,14 +125,12 @@ class Market:
             done: the (layer, r_o, r_i) that were refined before; those of now are added.
         """
         new = False
-        for name, index in basket.layers.items():
-            menu = self.layers[name]
-            o = menu.options
-            key = (name, int(o.rank_out[index]), int(o.rank_in[index]))
-            if o.kind[index] != Kind.LOW_RANK or o.basis[index] < 0 or key in done:
-                continue
-            done.add(key)
-            layer = self._task.layers[name]
+        keys = [key for key in self._with_input_basis(basket) if key not in done]
+        done.update(keys)
+        self._menus.refine(self._task.layers, keys, self._options.refine)
+        for key in keys:
+            name = key[0]
+            menu, layer = self.layers[name], self._task.layers[name]
             basis = self._menus.refined(layer, *key[1:], self._options.refine)
             if basis is None:
                 continue
@@ -142,6 +140,13 @@ class Market:
                 del self._sites[site]
             new = True
         return new
+
+    def _with_input_basis(self, basket: Basket) -> Iterator[tuple[str, int, int]]:
+        """The (layer, r_o, r_i) of a basket that are low-rank forms with a basis of the inputs."""
+        for name, index in basket.layers.items():
+            o = self.layers[name].options
+            if o.kind[index] == Kind.LOW_RANK and o.basis[index] >= 0:
+                yield name, int(o.rank_out[index]), int(o.rank_in[index])
 
     def _listing(self, menu: LayerMenu) -> Listing:
         o = menu.options

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from eigendamage.curvature import Curvature
+from eigendamage.distributed import exchanged, one_fate, rank, shared_out
 from eigendamage.errors import EigenDamageError, NothingToCompressError
 from eigendamage.layers import ChannelGraph, Layer
 from eigendamage.plan._group_menu import GroupMenu, group_menus
@@ -67,10 +68,31 @@ class Menus:
             return None
         key = (layer.name, rank_out, rank_in, steps)
         if key not in self._refined:
-            start = menu.bases[0][:, :rank_in]
-            metric = metric_of(layer, self.seen[layer.name], self.damping)
-            self._refined[key] = refined_basis(metric, start, rank_out, steps)
+            self._refined[key] = self._basis(layer, rank_out, rank_in, steps)
         return self._refined[key]
+
+    def refine(
+        self, layers: Mapping[str, Layer], ranks: Iterable[tuple[str, int, int]], steps: int
+    ) -> None:
+        """Refine the input bases of several (layer, r_o, r_i), each in one of the processes."""
+        wanted = [
+            (name, rank_out, rank_in, steps)
+            for name, rank_out, rank_in in ranks
+            if _work(self.layers[name], rank_in) <= _REFINABLE
+        ]
+        keys = [key for key in wanted if key not in self._refined]
+        owners = shared_out([_work(self.layers[name], rank_in) for name, _, rank_in, _ in keys])
+        mine: dict[tuple[str, int, int, int], Tensor] = {
+            key: self._basis(layers[key[0]], *key[1:])
+            for key, owner in zip(keys, owners, strict=True)
+            if owner == rank()
+        }
+        self._refined.update(exchanged(mine))
+
+    def _basis(self, layer: Layer, rank_out: int, rank_in: int, steps: int) -> Tensor:
+        start = self.layers[layer.name].bases[0][:, :rank_in]
+        metric = metric_of(layer, self.seen[layer.name], self.damping)
+        return refined_basis(metric, start, rank_out, steps)
 
 
 def _work(menu: LayerMenu, rank_in: int) -> float:
@@ -80,6 +102,12 @@ def _work(menu: LayerMenu, rank_in: int) -> float:
     return m * K * i * rank_in + n * K * i * rank_in + n**3 / 3 + n * n * o + o**2 * n + o**3
 
 
+def _pricing(layer: Layer) -> float:
+    """Multiplications in the decompositions that a layer's menu takes, in proportion."""
+    return float(layer.outputs**3 + (layer.inputs * layer.offsets) ** 3)
+
+
+@one_fate
 def make_menus(
     model: nn.Module,
     curvature: Curvature,
@@ -92,6 +120,8 @@ def make_menus(
     progress: bool = True,
 ) -> Menus:
     """Price every way to shrink every layer. Neither the model nor any data is run.
+
+    Several processes of a group share the layers out; all get all menus.
 
     Each layer but the classifier gets: to be kept; low-rank forms of every rank in the metric
     S ⊗ A (for convolutions also of every basis of leading input directions); blocks of the
@@ -128,12 +158,15 @@ def make_menus(
         shown = "; ".join(f"'{n}': {why}" for n, why in list(kept.items())[:6])
         raise NothingToCompressError(f"every compressible layer is kept: {shown}")
     seen, blind = sighted(curvature)
-    menus = {
-        name: layer_menu(layer, seen[name], wanted, damping, max_ratio, multiple)
-        for name, layer in track(
-            open_layers.items(), "pricing", total=len(open_layers), enabled=progress
-        )
-    }
+    owners = shared_out([_pricing(layer) for layer in open_layers.values()])
+    mine = [n for n, owner in zip(open_layers, owners, strict=True) if owner == rank()]
+    priced = exchanged(
+        {
+            name: layer_menu(open_layers[name], seen[name], wanted, damping, max_ratio, multiple)
+            for name in track(mine, "pricing", total=len(mine), enabled=progress)
+        }
+    )
+    menus = {name: priced[name] for name in open_layers}
     groups: dict[str, GroupMenu] = {}
     graph, left_alone, notes = None, {}, blind
     if "channels" in wanted and curvature.channels is None:
