@@ -1,8 +1,8 @@
 """What a polish and two epochs of training give back, on a CIFAR-10 ResNet.
 
 Polish: no labels, on the 2,000 images that the curvature saw. Fine-tuning: two epochs over the
-training split less a tenth, which is held out to choose the epoch by; labels and distillation, crops
-and flips, batches of 128. The test split is only measured on. Run
+training split less a tenth, which is held out to choose the epoch by; labels and distillation,
+crops and flips, batches of 128. The test split is only measured on. Run
 
     python benchmarks/training_cifar10.py --data CIFAR10.zip --weights resnet20.safetensors
 

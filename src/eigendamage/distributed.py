@@ -9,8 +9,8 @@ that a failure of one ends all with an error instead of leaving the others to wa
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from functools import wraps
 from itertools import islice
@@ -193,6 +193,28 @@ def with_first_state(model: nn.Module) -> None:
     with torch.no_grad():
         for tensor in held.values():
             tensor.copy_(from_rank([tensor], 0)[0])
+
+
+@contextmanager
+def failing_alone(what: str) -> Generator[None]:
+    """Where another engine exchanges data: an error ends this process without telling the others.
+
+    To tell them would be an exchange of its own, which the engine's would be mistaken for. They
+    fail once this one has gone.
+
+    Raises:
+        ProcessError: for any error, where there are several processes.
+    """
+    try:
+        yield
+    except Exception as error:
+        if world() == 1 or isinstance(error, ProcessError):
+            raise
+        raise ProcessError(
+            f"{what} failed in process {rank()} of {world()}: {error}. If that is a lost "
+            f"connection, another process has failed before; its own error says why. Mend that and "
+            f"start all of them again"
+        ) from error
 
 
 def require_same(what: str, value: object) -> None:

@@ -15,6 +15,7 @@ from eigendamage.compress._result import Compressed, Options
 from eigendamage.compress._search import in_shots
 from eigendamage.compress._steps import Built, Source, built
 from eigendamage.curvature import Curvature
+from eigendamage.distributed import with_first_state
 from eigendamage.layers import copy_model
 from eigendamage.plan import AutoMethod, Plan, check_options, make_plan, method_named
 from eigendamage.report import TrainingReport
@@ -154,6 +155,7 @@ def _polished(
             seed=settings.seed,
             progress=settings.progress,
         )
+    with_first_state(learned)
     before, after = done.scores[0], done.scores[done.best]
     if after > _TOLERATED * before:
         ready.notes.append(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ from eigendamage.batches import Data
 from eigendamage.compress._once import Before, once
 from eigendamage.compress._result import Compressed, Options
 from eigendamage.curvature import Curvature, load_curvature, save_curvature
+from eigendamage.distributed import decided
 from eigendamage.errors import MismatchError
 from eigendamage.files import Document, written_beside
 from eigendamage.layers import copy_model
@@ -64,13 +66,14 @@ def in_rounds(
         training: at the end of each; None for none.
         eval_data: what to measure on; the data itself if there is none.
         curvature: of the original, if it is known.
-        directory: for the state of the rounds; None keeps none.
+        directory: for the state of the rounds; None keeps none. Several processes have to see
+            the same folder.
 
     Raises:
         MismatchError: if the folder holds rounds of another call.
     """
     if directory is not None:
-        _claim(directory, model, options, rounds, training)
+        decided(partial(_claim, directory, model, options, rounds, training))
     current, plans = model, []
     reports: list[RoundReport] = []
     result: Compressed | None = None
@@ -96,7 +99,7 @@ def in_rounds(
             )
             if folder is not None:
                 # What goes on is what a resumed run would find.
-                _keep(result, folder)
+                decided(partial(_keep, result, folder))
                 result = replace(_finished(current, folder) or result, repairs=result.repairs)
         curvature = None
         plans.append(result.plan)
@@ -221,7 +224,7 @@ def _keep(result: Compressed, folder: Path) -> None:
 
 def _finished(model: nn.Module, folder: Path) -> Compressed | None:
     """What a round made of a model in an earlier run; None if it did not get that far."""
-    if not (folder / "report.json").exists():
+    if not decided((folder / "report.json").exists):
         return None
     curvature = load_curvature(folder / "curvature.safetensors")
     plan = Plan.load(folder / "plan.json")

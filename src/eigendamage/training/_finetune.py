@@ -15,6 +15,14 @@ from torch import nn
 
 from eigendamage.batches import Batch, Batches, Data, device_of
 from eigendamage.curvature import Loss, head_of, loss_name
+from eigendamage.distributed import (
+    failing_alone,
+    mark_of,
+    one_fate,
+    rank,
+    require_same,
+    world,
+)
 from eigendamage.errors import EigenDamageError
 from eigendamage.layers import balance_factors, evaluating, preserved_random_state
 from eigendamage.training._checkpoint import Checkpoint
@@ -24,6 +32,7 @@ from eigendamage.training._loop import Training, train
 from eigendamage.training._objective import Objective
 
 
+@one_fate
 def finetune(
     model: nn.Module,
     data: Iterable[Any],
@@ -57,6 +66,10 @@ def finetune(
             it, and ends with the same weights as one that was never stopped.
         progress: whether to show progress, with the time left.
 
+    In a group of several processes (``torch.distributed``) all make this call with the same model
+    and the same data. Batches are dealt out in turn, gradients are averaged (DistributedDataParallel),
+    so a step is as large as so many batches; those left over are left out. The first process writes.
+
     Returns:
         The losses and scores by epoch.
 
@@ -66,6 +79,7 @@ def finetune(
         LossError: if the original cannot be distilled by this loss.
         MismatchError: if the checkpoint is of another run.
         NonFiniteError: if the loss becomes NaN or infinite.
+        ProcessError: if training fails in one of several processes.
         EigenDamageError: if no parameter can be trained, or a field of the config is wrong.
     """
     config = config or FinetuneConfig()
@@ -81,16 +95,16 @@ def finetune(
     device = device_of(model)
     if held_out is None and config.held_out > 0:
         data, held_out = hold_out(data, config.held_out, config.seed)
-    rank, processes = _place()
-    feed = LoaderFeed(data, device, config.seed, rank, processes)
+    feed = LoaderFeed(data, device, config.seed, rank(), world())
     judged = None if held_out is None else Batches(held_out, device)
-    with training_of(model, original):
+    require_same("the weights to fine-tune", mark_of(model.state_dict().values()))
+    with failing_alone("fine-tuning"), training_of(model, original):
         keeper = None
         if checkpoint is not None:
             identity = {**asdict(config), "loss": loss_name(loss), "weights": digest(model)}
             identity["batches"] = len(feed)
             keeper = Checkpoint(
-                checkpoint, identity, every=config.checkpoint_every, writing=rank == 0
+                checkpoint, identity, every=config.checkpoint_every, writing=rank() == 0
             )
         model.train()
         return train(
@@ -102,7 +116,7 @@ def finetune(
             checkpoint=keeper,
             device=device,
             what="fine-tuning",
-            progress=progress and rank == 0,
+            progress=progress,
         )
 
 
@@ -150,10 +164,3 @@ def digest(model: nn.Module) -> str:
         found.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
         found.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
-
-
-def _place() -> tuple[int, int]:
-    """This process's rank, and how many there are."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR
 
 from eigendamage.batches import Batch
+from eigendamage.distributed import with_first_state
 from eigendamage.errors import NonFiniteError
 from eigendamage.progress import track
 from eigendamage.training._checkpoint import Checkpoint, random_state, restore_random_state
@@ -214,8 +215,7 @@ class _Run:
             reduced = self._accelerator.reduce(sums.float().to(self._accelerator.device), "sum")
             sums = cast(Tensor, reduced)
             # Batch norms' statistics are those of each process's own batches: the first's count.
-            for buffer in self._model.buffers():
-                torch.distributed.broadcast(buffer, src=0)
+            with_first_state(self._model)
         return float(sums[0] / sums[1].clamp_min(1))
 
     def _judge(self, epochs: int) -> None:
