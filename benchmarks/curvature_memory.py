@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from recording import machine, record, versions
+from recording import add_row
 
 import eigendamage as ed
 from eigendamage import zoo
@@ -31,7 +31,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "with patches": {"also": ("patches",)},
     "with patches, `max_memory='500MB'`": {"also": ("patches",), "max_memory": "500MB"},
     "with patches, `max_memory='200MB'`": {"also": ("patches",), "max_memory": "200MB"},
-    "with patches, bfloat16 weights": {"also": ("patches",), "dtype": "bfloat16"},
 }
 
 
@@ -39,10 +38,10 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def measured(dtype: str = "float32", **options: Any) -> dict[str, float]:
+def measured(options: dict[str, Any]) -> dict[str, float]:
     torch.manual_seed(0)
-    model = zoo.get(NETWORK)().eval().to(getattr(torch, dtype))
-    data = list(torch.randn(IMAGES, 3, 32, 32).to(getattr(torch, dtype)).split(BATCH))
+    model = zoo.get(NETWORK)().eval()
+    data = list(torch.randn(IMAGES, 3, 32, 32).split(BATCH))
     passes = 0
 
     class Counted:
@@ -52,7 +51,7 @@ def measured(dtype: str = "float32", **options: Any) -> dict[str, float]:
             passes += 1
 
     model.requires_grad_(False)
-    model(data[0].clone().requires_grad_(True)).float().logsumexp(1).sum().backward()
+    model(data[0].clone().requires_grad_(True)).logsumexp(1).sum().backward()
     before, start = peak_bytes(), time.perf_counter()
     found = ed.estimate_curvature(
         model, Counted(), patch_positions=POSITIONS, progress=False, **options
@@ -74,28 +73,22 @@ def main() -> None:
     parser.add_argument("--only", help="One setting, in this process; prints its row.")
     arguments = parser.parse_args()
     if arguments.only is not None:
-        print(json.dumps(measured(**SETTINGS[arguments.only])))
+        print(json.dumps(measured(SETTINGS[arguments.only])))
         return
-    rows: list[dict[str, Any]] = []
+    head = {
+        "command": "python benchmarks/curvature_memory.py",
+        "seed": 0,
+        "network": NETWORK,
+        "images": IMAGES,
+        "batch": BATCH,
+        "positions": POSITIONS,
+    }
     for name in SETTINGS:
         command = [sys.executable, __file__, "--only", name]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
-        rows.append({"setting": name, **json.loads(done.stdout)})
-        print(rows[-1], flush=True)
-    record(
-        arguments.out,
-        {
-            "command": "python benchmarks/curvature_memory.py",
-            "seed": 0,
-            "network": NETWORK,
-            "images": IMAGES,
-            "batch": BATCH,
-            "positions": POSITIONS,
-            "rows": rows,
-            "machine": machine(),
-            "versions": versions(),
-        },
-    )
+        row = {"setting": name, **json.loads(done.stdout)}
+        print(row, flush=True)
+        add_row(arguments.out, head, row, ("setting",))
 
 
 if __name__ == "__main__":

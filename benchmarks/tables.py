@@ -329,13 +329,14 @@ def curvature_memory(results: Mapping[str, Any]) -> str:
             f"{row['result'] / 1e6:.0f}",
             f"{row['seconds']:.0f}",
         ]
-        for row in results["rows"]
+        for row in sorted(results["rows"], key=lambda row: (row["result"], row["passes"]))
     ]
+    first = results["rows"][0]
     source = (
         f"`{results['command']}`: {results['network']}, {results['images']} images in batches of "
         f"{results['batch']}, {results['positions']} positions of each for patches, seed "
-        f"{results['seed']}, {results['machine']['threads']} threads, "
-        f"{words_of(results['versions'])}. The peak is what the call adds to that of a forward and "
+        f"{results['seed']}, {first['machine']['threads']} threads, "
+        f"{words_of(first['versions'])}. The peak is what the call adds to that of a forward and "
         f"backward pass before it, as resident memory."
     )
     return f"{table(header, rows)}\n\n{source}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -10,6 +11,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
+"""So that the name of the machine need not be known to any network."""
 
 
 def together(work: Callable[[Path], None], folder: Path, ranks: int = 2) -> list[int | None]:
@@ -34,7 +38,7 @@ def together(work: Callable[[Path], None], folder: Path, ranks: int = 2) -> list
 
 def _run(work: Callable[[Path], None], folder: Path, rank: int, ranks: int) -> None:
     torch.set_num_threads(1)
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    os.environ.update(LOOPBACK)
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder}/store",

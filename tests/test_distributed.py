@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 import eigendamage as ed
 from eigendamage import distributed
 from eigendamage.cli import app
-from tests.ranks import together
+from tests.ranks import LOOPBACK, together
 
 MOMENTS = (
     "S", "A", "mean", "S_eigenvalues", "A_eigenvalues", "patches", "patch_mean", "diagonal",
@@ -266,7 +266,7 @@ def test_torchrun_writes_the_plan_of_one_process(
         **os.environ,
         "PYTHONPATH": os.pathsep.join([root, *sys.path]),
         "OMP_NUM_THREADS": "1",
-        "GLOO_SOCKET_IFNAME": "lo",
+        **LOOPBACK,
     }
 
     done = subprocess.run(
@@ -288,6 +288,13 @@ def test_torchrun_writes_the_plan_of_one_process(
         assert two.layers[name].price == pytest.approx(layer.price, rel=1e-3)
     left = {f.name for f in (tmp_path / "two").iterdir()}
     assert left == {"model.safetensors", "plan.json", "report.json", "curvature.safetensors"}
+
+
+def test_other_commands_are_refused_in_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("eigendamage.cli._processes.world", lambda: 2)
+    refused = CliRunner().invoke(app, ["demo"])
+    assert isinstance(refused.exception, ed.EigenDamageError)
+    assert "start it without torchrun" in str(refused.exception)
 
 
 def test_work_is_shared_out_by_cost(monkeypatch: pytest.MonkeyPatch) -> None:
