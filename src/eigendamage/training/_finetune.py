@@ -67,8 +67,9 @@ def finetune(
         progress: whether to show progress, with the time left.
 
     In a group of several processes (``torch.distributed``) all make this call with the same model
-    and the same data. Batches are dealt out in turn, gradients are averaged (DistributedDataParallel),
-    so a step is as large as so many batches; those left over are left out. The first process writes.
+    and the same data. Batches are dealt out in turn and gradients averaged
+    (DistributedDataParallel), so a step is as large as so many batches; those left over are left
+    out. The first process writes.
 
     Returns:
         The losses and scores by epoch.

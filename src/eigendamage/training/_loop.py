@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, cast
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR
 
 from eigendamage.batches import Batch
-from eigendamage.distributed import with_first_state
+from eigendamage.distributed import from_first, summed, with_first_state, world
 from eigendamage.errors import NonFiniteError
 from eigendamage.progress import track
 from eigendamage.training._checkpoint import Checkpoint, random_state, restore_random_state
@@ -123,9 +123,8 @@ class _Run:
         self._optimizer: Any = accelerator.prepare_optimizer(_optimizer(self._trained, config))
         self._schedule = _schedule(self._optimizer.optimizer, config, self._updates)
         self._wrapped: nn.Module = model
-        if accelerator.num_processes > 1:
-            ids = None if accelerator.device.type == "cpu" else [accelerator.device.index]
-            self._wrapped = nn.parallel.DistributedDataParallel(model, device_ids=ids)
+        if world() > 1:
+            self._wrapped = nn.parallel.DistributedDataParallel(model)
         self._epoch = 0
         self._step = 0  # batches of the epoch that were trained on
         self._total = 0.0
@@ -181,8 +180,7 @@ class _Run:
     def _update(self, group: list[Batch]) -> None:
         for index, batch in enumerate(group):
             last = index + 1 == len(group)
-            held_back = self._accelerator.no_sync(self._wrapped) if not last else nullcontext()
-            with held_back:
+            with nullcontext() if last else self._unreduced():
                 with self._accelerator.autocast():
                     loss = self._objective(self._wrapped, batch)
                 if not bool(torch.isfinite(loss)):
@@ -200,6 +198,12 @@ class _Run:
             self._schedule.step()
         self._optimizer.zero_grad(set_to_none=True)
 
+    def _unreduced(self) -> AbstractContextManager[None]:
+        """Gradients of a batch that is not the last of its step stay in this process."""
+        if isinstance(self._wrapped, nn.parallel.DistributedDataParallel):
+            return cast("AbstractContextManager[None]", self._wrapped.no_sync())
+        return nullcontext()
+
     def _epoch_done(self) -> None:
         self._losses.append(self._mean_loss())
         self._total = 0.0
@@ -210,13 +214,10 @@ class _Run:
             self._save()
 
     def _mean_loss(self) -> float:
-        sums = torch.tensor([self._total, float(self._step)], dtype=torch.float64)
-        if self._accelerator.num_processes > 1:
-            reduced = self._accelerator.reduce(sums.float().to(self._accelerator.device), "sum")
-            sums = cast(Tensor, reduced)
-            # Batch norms' statistics are those of each process's own batches: the first's count.
-            with_first_state(self._model)
-        return float(sums[0] / sums[1].clamp_min(1))
+        # Batch norms' statistics are those of each process's own batches: the first's count.
+        with_first_state(self._model)
+        total, batches = summed([torch.tensor([self._total, float(self._step)])])[0].tolist()
+        return total / max(1.0, batches)
 
     def _judge(self, epochs: int) -> None:
         assert self._score is not None
@@ -226,11 +227,7 @@ class _Run:
             self._best_state = {k: v.clone() for k, v in self._model.state_dict().items()}
 
     def _due(self, checkpoint: Checkpoint) -> bool:
-        due = checkpoint.due
-        if self._accelerator.num_processes > 1:
-            flag = torch.tensor([float(due)], device=self._accelerator.device)
-            due = bool(cast(Tensor, self._accelerator.reduce(flag, "sum")) > 0)
-        return due
+        return from_first(checkpoint.due)
 
     def _save(self) -> None:
         assert self._checkpoint is not None
