@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict, defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd  # pyright: ignore[reportPrivateUsage]
-from torch.nn.utils import parametrize
 
 from eigendamage.batches import Batch, first_call, output_tensors
 from eigendamage.errors import ChannelError
@@ -18,12 +17,14 @@ from eigendamage.layers._channel_graph import Carrier, ChannelGraph, ChannelGrou
 from eigendamage.layers._copy import copy_model
 from eigendamage.layers._dependencies import Coupling, Place, find_couplings
 from eigendamage.layers._factored import FactoredConv2d, FactoredLinear
-from eigendamage.layers._find import find_layers
+from eigendamage.layers._linear_groups import find_linear_groups
 from eigendamage.layers._proof import proven
 from eigendamage.layers._slicing import Norm, is_depthwise, sides
+from eigendamage.layers._staying import reasons_to_stay
 from eigendamage.layers._trace import preserved_random_state
 
 _EXAMPLES = 2
+_TIED = "what it returns goes into sums, into norms over channels or out of the model"
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 Role = Literal["producer", "carrier", "reader"]
@@ -32,10 +33,12 @@ Role = Literal["producer", "carrier", "reader"]
 def find_channels(model: nn.Module, batch: Batch, *, limit_s: float = 120.0) -> ChannelGraph:
     """Find the channels that can be removed together, and prove that they can.
 
-    The candidates come from torch-pruning's dependency graph (Fang et al. 2023, DepGraph). A group
-    is in the result only if all its modules are such that `slice_channels` slices, and if removing
-    random units of it, alone and with those of others, left the outputs of a copy as they are when
-    the columns that read those units are zero instead.
+    The candidates come from two sources. `find_linear_groups` sees what lies between Linear
+    layers, neurons and heads. torch-pruning's dependency graph (Fang et al. 2023, DepGraph) sees
+    all else; it is not asked about networks of Linear layers with heads, where norms over channels
+    tie the rest together. A group is in the result only if all its modules are such that
+    `slice_channels` slices, and if removing random units of it, alone and with those of others,
+    left the outputs of a copy as they are when the columns that read those units are zero instead.
 
     The model is neither changed nor run; copies of it are, without its hooks. Random states are
     preserved.
@@ -51,29 +54,83 @@ def find_channels(model: nn.Module, batch: Batch, *, limit_s: float = 120.0) -> 
 
     Raises:
         DataError: if the model cannot run on the batch.
-        ChannelError: if it cannot be copied, or if torch-pruning fails on it or takes too long.
+        ChannelError: if it cannot be copied, or if torch-pruning fails on it or takes too long and
+            there is nothing between Linear layers either.
     """
     few = batch.few(_EXAMPLES)
-    reasons = _reasons(model)
+    reasons = reasons_to_stay(model)
     with preserved_random_state():
         base = _bare_copy(model)
         numbers = _numbers_an_example(base, few)
-        roots = [path for path in numbers if _has_rows(base.get_submodule(path))]
-        couplings = find_couplings(_traceable(base), few, roots, limit_s=limit_s)
-        groups, left_alone = _sorted_out(base, couplings, list(numbers), reasons)
-        groups, unproven = proven(base, few, groups)
-    left_alone.update(unproven)
-    covered = {place.path for coupling in couplings for place in coupling.places}
+        between, left_alone = _usable(find_linear_groups(base, few), reasons)
+        heads = {name: group for name, group in between.items() if _has_blocks(group)}
+        rooted = [path for path in numbers if _has_rows(base.get_submodule(path))]
+        couplings: list[Coupling] = []
+        if heads and not any(isinstance(module, _ConvNd) for module in base.modules()):
+            untraced = _TIED
+        else:
+            untraced = "no output of the model depends on it in a way that can be traced"
+            try:
+                couplings = find_couplings(_traceable(base), few, rooted, limit_s=limit_s)
+            except ChannelError as error:
+                if not between:
+                    raise
+                untraced = str(error)
+        others = [coupling for coupling in couplings if not _meets(coupling, heads.values())]
+        traced, apart = _sorted_out(base, others, list(numbers), reasons)
+        taken = {m.module for group in traced.values() for m in group.producers}
+        neurons = {
+            name: group
+            for name, group in between.items()
+            if name not in heads and taken.isdisjoint(m.module for m in group.producers)
+        }
+        groups, unproven = proven(base, few, _in_order({**traced, **heads, **neurons}, numbers))
+    placed = {m.module for group in groups.values() for m in group.producers}
+    left_alone = {**apart, **left_alone, **unproven}
+    left_alone = {path: why for path, why in left_alone.items() if path not in placed}
+    covered = {place.path for coupling in couplings for place in coupling.places} | placed
     for path, module in base.named_modules():
         if _has_rows(module) and path not in covered:
-            idle = "no output of the model depends on it in a way that can be traced"
-            left_alone[path] = reasons.get(path, idle)
+            left_alone.setdefault(path, reasons.get(path, untraced))
     carriers = {
         member.module: _carrier(base.get_submodule(member.module), numbers[member.module])
         for group in groups.values()
         for member in group.carriers
     }
     return ChannelGraph(groups=groups, carriers=carriers, left_alone=left_alone)
+
+
+def _usable(
+    groups: Mapping[str, ChannelGroup], reasons: Mapping[str, str]
+) -> tuple[dict[str, ChannelGroup], dict[str, str]]:
+    """The groups of which every layer can be sliced, and by name why the others cannot go."""
+    usable: dict[str, ChannelGroup] = {}
+    refused: dict[str, str] = {}
+    for name, group in groups.items():
+        members = (m.module for m in (*group.producers, *group.readers))
+        path = next((path for path in members if path in reasons), None)
+        if path is None:
+            usable[name] = group
+        else:
+            refused[name] = reasons[path] if path == name else f"'{path}': {reasons[path]}"
+    return usable, refused
+
+
+def _has_blocks(group: ChannelGroup) -> bool:
+    """Whether its units are blocks of outputs, as heads are."""
+    return any(len(member.indices[0]) > 1 for member in group.producers)
+
+
+def _meets(coupling: Coupling, groups: Iterable[ChannelGroup]) -> bool:
+    """Whether it is about channels of one of these groups."""
+    makes = {m.module for group in groups for m in group.producers}
+    reads = {m.module for group in groups for m in group.readers}
+    return any(place.path in (makes if place.side == "out" else reads) for place in coupling.places)
+
+
+def _in_order(groups: Mapping[str, ChannelGroup], order: Iterable[str]) -> dict[str, ChannelGroup]:
+    """The groups by when the layers that name them run."""
+    return {name: groups[name] for name in order if name in groups}
 
 
 def _bare_copy(model: nn.Module) -> nn.Module:
@@ -223,56 +280,6 @@ def _misfit(modules: Mapping[str, nn.Module], coupling: Coupling) -> str | None:
                 f"something without a layer of its own, such as padding, changes their number"
             )
     return None
-
-
-def _reasons(model: nn.Module) -> dict[str, str]:
-    """For each module that cannot be sliced, why; also for those of a factored layer."""
-    found = dict(find_layers(model).left_alone)
-    owners: dict[int, list[str]] = defaultdict(list)
-    for path, module in model.named_modules():
-        for parameter in module.parameters(recurse=False):
-            owners[id(parameter)].append(path)
-    reasons: dict[str, str] = {}
-    for path, module in model.named_modules():
-        if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1):
-            reason = _why_not(module, owners) or found.get(path)
-        elif isinstance(module, nn.PReLU | Norm) or is_depthwise(module):
-            reason = _why_not(module, owners)
-        elif isinstance(module, FactoredConv2d | FactoredLinear):
-            reason = "it carries hooks" if _is_hooked(module) else None
-        else:
-            reason = _foreign(module)
-        if reason is not None:
-            reasons[path] = reason
-    return reasons
-
-
-def _foreign(module: nn.Module) -> str:
-    kind = type(module).__name__
-    if isinstance(module, nn.LayerNorm | nn.GroupNorm):
-        return f"{kind} computes over several channels at once"
-    if isinstance(module, nn.Conv2d):
-        return f"grouped Conv2d (groups={module.groups}), whose groups would not stay equal"
-    return f"{kind} is no layer whose channels can be removed"
-
-
-def _why_not(module: nn.Module, owners: Mapping[int, Sequence[str]]) -> str | None:
-    kind = type(module).__name__
-    standard = type(module).forward.__module__.startswith("torch.nn.")
-    if not standard or "forward" in vars(module):
-        return f"{kind} has a forward of its own"
-    if parametrize.is_parametrized(module) or {"weight", "bias"} & vars(module).keys():
-        return f"the weight of {kind} is computed from other parameters (parametrized or masked)"
-    if _is_hooked(module):
-        return "it carries hooks, which may depend on its channels; remove them first"
-    for parameter in module.parameters(recurse=False):
-        if len(owners[id(parameter)]) > 1:
-            return f"a parameter of it is shared by {' and '.join(owners[id(parameter)])}"
-    return None
-
-
-def _is_hooked(module: nn.Module) -> bool:
-    return any(getattr(module, kind) for kind in _HOOKS)
 
 
 def _carrier(module: nn.Module, numbers: float) -> Carrier:
