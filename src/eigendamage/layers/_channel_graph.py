@@ -30,12 +30,20 @@ class ChannelGroup(Frozen):
         carriers: what passes them on one by one and has a state for each: batch and instance
             norms, PReLU with a parameter a channel, depthwise convolutions.
         readers: Linear, Conv2d and factored layers whose input columns read them.
+        macs: multiply-accumulates of one unit and example that are in none of these modules, as
+            those of attention for a head.
     """
 
     size: int
     producers: tuple[Member, ...]
     carriers: tuple[Member, ...]
     readers: tuple[Member, ...]
+    macs: float = 0.0
+
+    @property
+    def has_blocks(self) -> bool:
+        """Whether its units are blocks of outputs, as heads are."""
+        return any(len(member.indices[0]) > 1 for member in self.producers)
 
 
 class Carrier(Frozen):

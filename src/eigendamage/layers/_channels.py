@@ -22,8 +22,10 @@ from eigendamage.layers._proof import proven
 from eigendamage.layers._slicing import Norm, is_depthwise, sides
 from eigendamage.layers._staying import reasons_to_stay
 from eigendamage.layers._trace import preserved_random_state
+from eigendamage.layers._unit_cost import with_unit_macs
 
 _EXAMPLES = 2
+_UNTRACED = "no output of the model depends on it in a way that can be traced"
 _TIED = "what it returns goes into sums, into norms over channels or out of the model"
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -63,13 +65,13 @@ def find_channels(model: nn.Module, batch: Batch, *, limit_s: float = 120.0) -> 
         base = _bare_copy(model)
         numbers = _numbers_an_example(base, few)
         between, left_alone = _usable(find_linear_groups(base, few), reasons)
-        heads = {name: group for name, group in between.items() if _has_blocks(group)}
+        heads = {name: group for name, group in between.items() if group.has_blocks}
         rooted = [path for path in numbers if _has_rows(base.get_submodule(path))]
         couplings: list[Coupling] = []
         if heads and not any(isinstance(module, _ConvNd) for module in base.modules()):
             untraced = _TIED
         else:
-            untraced = "no output of the model depends on it in a way that can be traced"
+            untraced = _UNTRACED
             try:
                 couplings = find_couplings(_traceable(base), few, rooted, limit_s=limit_s)
             except ChannelError as error:
@@ -84,7 +86,10 @@ def find_channels(model: nn.Module, batch: Batch, *, limit_s: float = 120.0) -> 
             for name, group in between.items()
             if name not in heads and taken.isdisjoint(m.module for m in group.producers)
         }
-        groups, unproven = proven(base, few, _in_order({**traced, **heads, **neurons}, numbers))
+        candidates = {**traced, **heads, **neurons}
+        candidates = {name: candidates[name] for name in numbers if name in candidates}
+        groups, unproven = proven(base, few, candidates)
+        groups = with_unit_macs(base, few, groups)
     placed = {m.module for group in groups.values() for m in group.producers}
     left_alone = {**apart, **left_alone, **unproven}
     left_alone = {path: why for path, why in left_alone.items() if path not in placed}
@@ -116,21 +121,11 @@ def _usable(
     return usable, refused
 
 
-def _has_blocks(group: ChannelGroup) -> bool:
-    """Whether its units are blocks of outputs, as heads are."""
-    return any(len(member.indices[0]) > 1 for member in group.producers)
-
-
 def _meets(coupling: Coupling, groups: Iterable[ChannelGroup]) -> bool:
     """Whether it is about channels of one of these groups."""
     makes = {m.module for group in groups for m in group.producers}
     reads = {m.module for group in groups for m in group.readers}
     return any(place.path in (makes if place.side == "out" else reads) for place in coupling.places)
-
-
-def _in_order(groups: Mapping[str, ChannelGroup], order: Iterable[str]) -> dict[str, ChannelGroup]:
-    """The groups by when the layers that name them run."""
-    return {name: groups[name] for name in order if name in groups}
 
 
 def _bare_copy(model: nn.Module) -> nn.Module:

@@ -101,6 +101,7 @@ def cost_left(
     left = total
     for name, units in dropped.items():
         group = graph.groups[name]
+        left = left - Cost(group.macs * len(units), 0, 0)
         for side, members in ((outputs, group.producers), (inputs, group.readers)):
             for member in members:
                 side[member.module] += len(units) * len(member.indices[0])
