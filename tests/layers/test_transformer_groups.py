@@ -229,7 +229,7 @@ def test_the_search_leaves_no_trace() -> None:
 
 class _Checked(Gated):
     def forward(self, x: Tensor) -> Tensor:
-        if bool((self.gate(x).detach().abs().amax() < 100)):
+        if bool(self.gate(x).detach().abs().amax() < 100):
             raise ValueError("these are other numbers than ever")
         return super().forward(x)
 
