@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import eigendamage as ed
+from eigendamage import errors
 from eigendamage.batches import as_batch
 from eigendamage.layers import (
     ChannelGraph,
@@ -73,6 +75,39 @@ def _vit() -> nn.Module:
     return transformers.ViTForImageClassification(config).eval()
 
 
+def _gpt2() -> nn.Module:
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=VOCABULARY,
+        n_embd=32,
+        n_inner=44,
+        n_layer=2,
+        n_head=4,
+        n_positions=64,
+        initializer_range=0.3,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    model = transformers.GPT2LMHeadModel(config).eval()
+    for block in model.transformer.h:
+        for parent, child in (
+            (block.attn, "c_attn"),
+            (block.attn, "c_proj"),
+            (block.mlp, "c_fc"),
+            (block.mlp, "c_proj"),
+        ):
+            setattr(parent, child, _as_linear(getattr(parent, child)))
+    return model
+
+
+def _as_linear(transposed: nn.Module) -> nn.Linear:
+    """A Linear layer for what transformers calls a Conv1D."""
+    weight, bias = transposed.weight.detach(), transposed.bias.detach()
+    linear = nn.Linear(*weight.shape)
+    linear.load_state_dict({"weight": weight.T.contiguous(), "bias": bias})
+    return linear
+
+
 def _words(examples: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(1)
     return {"input_ids": torch.randint(0, VOCABULARY, (examples, WORDS), generator=generator)}
@@ -90,6 +125,13 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Inputs, str, Sequence[str], str
         "model.layers.{}.self_attn.q_proj",
         ("q_proj", "k_proj", "v_proj", "o_proj"),
         "model.layers.{}.mlp.gate_proj",
+    ),
+    "gpt2": (
+        _gpt2,
+        _words,
+        "transformer.h.{}.attn.c_attn",
+        ("c_attn", "c_proj"),
+        "transformer.h.{}.mlp.c_fc",
     ),
     "bert": (
         _bert,
@@ -192,6 +234,31 @@ def test_a_budget_is_met(actions: Sequence[Any]) -> None:
     assert left > 0.5
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
     assert model.config.to_dict() == config
+
+
+def test_what_counts_heads_is_in_the_plan(tmp_path: Path) -> None:
+    model = _gpt2()
+    data = [_words(16)]
+    curvature = ed.estimate_curvature(
+        model, data, also=("patches", "channels"), ignore="*mlp*", progress=False
+    )
+    menus = ed.make_menus(model, curvature, actions=("channels",), progress=False)
+    plan = ed.make_plan(model, curvature, ed.Budget(macs=0.8), menus=menus)
+    plan.save(tmp_path / "plan.json")
+    plan = ed.Plan.load(tmp_path / "plan.json")
+    smaller = ed.apply_plan(model, plan, curvature)
+    widths = {c.module: c.after for c in plan.counters if c.attribute == "split_size"}
+    assert widths
+    for path, width in widths.items():
+        attention = smaller.get_submodule(path)
+        assert attention.split_size == width < 32
+        assert attention.c_attn.out_features == 3 * width
+        assert attention.num_heads == width // 8
+        assert model.get_submodule(path).split_size == 32
+    assert bool(_outputs(smaller, _words(2)).isfinite().all())
+    model.transformer.h[0].attn.split_size = model.transformer.h[1].attn.split_size = 31
+    with pytest.raises(errors.MismatchError, match=r"split_size.* is 31, the plan is for 32"):
+        ed.apply_plan(model, plan, curvature)
 
 
 def test_what_is_left_of_a_llama_generates_with_its_cache_and_trains() -> None:

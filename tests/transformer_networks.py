@@ -46,14 +46,14 @@ class Fused(nn.Module):
     ) -> None:
         super().__init__()
         self.order = order
-        self.heads = 4 if counted else None
+        self.counted = counted
         if counted:
             self.num_heads = 4
         self.qkv = nn.Linear(WIDTH, 3 * 4 * HEAD)
         self.proj = nn.Linear(4 * HEAD, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
-        heads = self.num_heads if self.heads is not None else -1
+        heads = self.num_heads if self.counted else -1
         if self.order == "by kind":
             q, k, v = self.qkv(x).unflatten(-1, (3, heads, HEAD)).permute(2, 0, 3, 1, 4)
         else:

@@ -15,6 +15,7 @@ from eigendamage.errors import ChannelError
 from eigendamage.layers import (
     ChannelGraph,
     ChannelGroup,
+    Counter,
     FactoredLinear,
     _channels,
     _linear_groups,
@@ -91,6 +92,13 @@ def test_a_head_is_its_keys_and_values_with_all_queries_that_share_them() -> Non
     _check_removal(model, graph)
 
 
+def test_neurons_that_a_relu_happens_to_silence_are_found() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.LayerNorm(7), nn.Linear(7, 50), nn.ReLU(), nn.Linear(50, 3))
+    groups = _linear_groups.find_linear_groups(model, _batch(torch.randn(1, 7)))
+    assert {name: group.size for name, group in groups.items()} == {"1": 50}
+
+
 @pytest.mark.parametrize("block", [Gated, Plain])
 def test_a_neuron_is_one_output_of_each_layer_and_one_input(block: type[nn.Module]) -> None:
     model = transformer(Grouped(), block())
@@ -115,6 +123,28 @@ def test_heads_in_one_layer_for_queries_keys_and_values() -> None:
         "blocks.0.proj": tuple(_runs(HEAD * h) for h in range(4)),
     }
     _check_removal(model, graph)
+
+
+def test_a_number_of_heads_that_a_reshape_reads_follows() -> None:
+    model = transformer(Fused("by kind", counted=True))
+    graph = find_channels(model, _batch(tokens()))
+    assert graph.groups["blocks.0.qkv"].counters == (
+        Counter(module="blocks.0", attribute="num_heads", whole=4, per_unit=1),
+    )
+    _check_removal(model, graph)
+    model.blocks[0].number = model.blocks[0].__dict__.pop("num_heads")
+    model.blocks[0].__class__ = _OddlyNamed
+    graph = find_channels(model, _batch(tokens()))
+    assert not graph.groups
+    assert "does not run without some of them" in graph.left_alone["blocks.0.qkv"]
+
+
+class _OddlyNamed(Fused):
+    number: int
+
+    @property
+    def num_heads(self) -> int:
+        return self.number
 
 
 def test_a_head_costs_its_attention_beside_its_layers() -> None:

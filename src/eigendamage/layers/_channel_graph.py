@@ -21,6 +21,22 @@ class Member(Frozen):
     indices: tuple[tuple[int, ...], ...]
 
 
+class Counter(Frozen):
+    """An attribute of a module that says how many units or channels there are.
+
+    Attributes:
+        module: its dotted path.
+        attribute: its name.
+        whole: its value with all units.
+        per_unit: by how much it falls with each that goes.
+    """
+
+    module: str
+    attribute: str
+    whole: int
+    per_unit: int
+
+
 class ChannelGroup(Frozen):
     """Channels of several modules that can only be removed together, unit by unit.
 
@@ -32,6 +48,7 @@ class ChannelGroup(Frozen):
         readers: Linear, Conv2d and factored layers whose input columns read them.
         macs: multiply-accumulates of one unit and example that are in none of these modules, as
             those of attention for a head.
+        counters: attributes that have to follow the number of units.
     """
 
     size: int
@@ -39,6 +56,12 @@ class ChannelGroup(Frozen):
     carriers: tuple[Member, ...]
     readers: tuple[Member, ...]
     macs: float = 0.0
+    counters: tuple[Counter, ...] = ()
+
+    @property
+    def makers(self) -> tuple[str, ...]:
+        """The dotted paths of the producers."""
+        return tuple(member.module for member in self.producers)
 
     @property
     def has_blocks(self) -> bool:
