@@ -154,6 +154,24 @@ def test_a_head_costs_its_attention_beside_its_layers() -> None:
     assert graph.groups["blocks.1.gate"].macs == 0
 
 
+def test_heads_in_one_module_and_its_parts_are_counted_apart() -> None:
+    class Within(Grouped):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Fused()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + self.inner(x)
+
+    graph = find_channels(transformer(Within(), Fused()), _batch(tokens()))
+    one = 2 * TOKENS * TOKENS * HEAD
+    assert {name: group.macs for name, group in graph.groups.items()} == {
+        "blocks.0.q": 2 * one,
+        "blocks.0.inner.qkv": one,
+        "blocks.1.qkv": one,
+    }
+
+
 def test_norms_over_all_heads_tie_them() -> None:
     model = transformer(Grouped(norm=nn.LayerNorm(6 * HEAD)), Gated())
     assert list(find_channels(model, _batch(tokens())).groups) == ["blocks.1.gate"]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import takewhile
 
 from eigendamage.files import Frozen
 
@@ -64,6 +65,11 @@ class ChannelGroup(Frozen):
         return tuple(member.module for member in self.producers)
 
     @property
+    def holder(self) -> str:
+        """The dotted path of the innermost module that all producers and readers are in."""
+        return innermost([member.module for member in (*self.producers, *self.readers)])
+
+    @property
     def has_blocks(self) -> bool:
         """Whether its units are blocks of outputs, as heads are."""
         return any(len(member.indices[0]) > 1 for member in self.producers)
@@ -96,3 +102,10 @@ class ChannelGraph(Frozen):
     groups: Mapping[str, ChannelGroup]
     carriers: Mapping[str, Carrier]
     left_alone: Mapping[str, str]
+
+
+def innermost(paths: Sequence[str]) -> str:
+    """The dotted path of the innermost module that modules with these paths are in."""
+    parents = [path.split(".")[:-1] for path in paths]
+    shared = takewhile(lambda names: len(set(names)) == 1, zip(*parents, strict=False))
+    return ".".join(names[0] for names in shared)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import takewhile
-
 from torch import nn
 
-from eigendamage.layers._channel_graph import ChannelGroup, Counter
+from eigendamage.layers._channel_graph import ChannelGroup, Counter, innermost
 
 _COUNTERS = (
     # Heads: timm, GPT-2, OPT and CLIP; GPT-NeoX and BERT; ViTs by hand; DistilBERT and T5.
@@ -23,18 +20,10 @@ def with_counters(base: nn.Module, group: ChannelGroup) -> ChannelGroup:
     They are looked for by name, in the module that holds all layers of the group and in the one
     that holds those that make its channels.
     """
-    made, read = ([m.module for m in side] for side in (group.producers, group.readers))
     counters = [
         Counter(module=holder, attribute=name, whole=value, per_unit=value // group.size)
-        for holder in dict.fromkeys([_holder([*made, *read]), _holder(made)])
+        for holder in dict.fromkeys([group.holder, innermost(group.makers)])
         for name, value in vars(base.get_submodule(holder)).items()
         if name in _COUNTERS and type(value) is int and value > 0 and value % group.size == 0
     ]
     return group.model_copy(update={"counters": tuple(counters)})
-
-
-def _holder(paths: Sequence[str]) -> str:
-    """The dotted path of the innermost module that these are in."""
-    parents = [path.split(".")[:-1] for path in paths]
-    shared = takewhile(lambda names: len(set(names)) == 1, zip(*parents, strict=False))
-    return ".".join(names[0] for names in shared)

@@ -18,10 +18,12 @@ from eigendamage.layers._slicing import remove_units
 def with_unit_macs(
     base: nn.Module, batch: Batch, groups: Mapping[str, ChannelGroup]
 ) -> dict[str, ChannelGroup]:
-    """The groups whose units are blocks of outputs with what a unit costs outside of its layers.
+    """Groups, and where units are blocks of outputs what one costs outside of its layers.
 
-    It is counted, by one forward pass for each such group, without one of its units. A head's
-    products of queries with keys, and of what they weigh with values, are among it.
+    It is counted, by a forward pass without one unit of each such group: what the module that
+    holds the group's layers does less, but for the layers. A head's products of queries with keys,
+    and of what they weigh with values, are among it. Groups that one module holds, or modules of
+    which one is in another, take a pass each.
 
     Args:
         base: a model in eval mode without hooks. Random states are not preserved.
@@ -29,19 +31,41 @@ def with_unit_macs(
         groups: of the model, each proven to be removable.
     """
     blocks = {name: group for name, group in groups.items() if group.has_blocks}
-    whole = _macs(base, batch) if blocks else {}
     found = dict(groups)
-    for name, group in blocks.items():
+    whole = _macs(base, batch) if blocks else {}
+    for together in _apart(blocks):
         smaller = copy.deepcopy(base, {id(p): p for p in base.parameters()})
-        graph = ChannelGraph(groups={name: group}, carriers={}, left_alone={})
-        remove_units(smaller, graph, {name: [0]})
-        members = {member.module for member in (*group.producers, *group.readers)}
-        before, after = (
-            macs[""] - sum(macs.get(member, 0.0) for member in members)
-            for macs in (whole, _macs(smaller, batch))
-        )
-        found[name] = group.model_copy(update={"macs": max(0.0, before - after)})
+        graph = ChannelGraph(groups=together, carriers={}, left_alone={})
+        remove_units(smaller, graph, {key: [0] for key in together})
+        left = _macs(smaller, batch)
+        for name, group in together.items():
+            members = {member.module for member in (*group.producers, *group.readers)}
+            before, after = (
+                macs.get(group.holder, 0.0) - sum(macs.get(member, 0.0) for member in members)
+                for macs in (whole, left)
+            )
+            found[name] = group.model_copy(update={"macs": max(0.0, before - after)})
     return found
+
+
+def _apart(groups: Mapping[str, ChannelGroup]) -> list[dict[str, ChannelGroup]]:
+    """The groups in sets, in none of which the module that holds one is in that of another."""
+    sets: list[dict[str, ChannelGroup]] = []
+    for name, group in groups.items():
+        free = (
+            others
+            for others in sets
+            if not any(_nested(group.holder, other.holder) for other in others.values())
+        )
+        fitting = next(free, None)
+        if fitting is None:
+            sets.append(fitting := {})
+        fitting[name] = group
+    return sets
+
+
+def _nested(one: str, other: str) -> bool:
+    return any(f"{a}.".startswith(f"{b}." if b else "") for a, b in ((one, other), (other, one)))
 
 
 def _macs(model: nn.Module, batch: Batch) -> dict[str, float]:
