@@ -1,6 +1,6 @@
 """What a compressible layer is: its (o, i, K) weight, geometry, cost and factored forms."""
 
-from eigendamage.layers._channel_graph import Carrier, ChannelGraph, ChannelGroup, Member
+from eigendamage.layers._channel_graph import Carrier, ChannelGraph, ChannelGroup, Counter, Member
 from eigendamage.layers._channels import find_channels
 from eigendamage.layers._copy import copy_model
 from eigendamage.layers._cost import FORMS, Cost, DenseForm, Form, LayerShape
@@ -11,6 +11,7 @@ from eigendamage.layers._slicing import (
     Kept,
     Sides,
     channels_of,
+    counts_left,
     kept_indices,
     remove_units,
     sides,
@@ -28,6 +29,7 @@ __all__ = [
     "ChannelGroup",
     "ConvGeometry",
     "Cost",
+    "Counter",
     "DenseForm",
     "FactoredConv2d",
     "FactoredLinear",
@@ -46,6 +48,7 @@ __all__ = [
     "balance_factors",
     "channels_of",
     "copy_model",
+    "counts_left",
     "evaluating",
     "find_channels",
     "find_layers",

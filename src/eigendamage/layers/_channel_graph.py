@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import takewhile
 
 from eigendamage.files import Frozen
 
@@ -21,6 +22,22 @@ class Member(Frozen):
     indices: tuple[tuple[int, ...], ...]
 
 
+class Counter(Frozen):
+    """An attribute of a module that says how many units or channels there are.
+
+    Attributes:
+        module: its dotted path.
+        attribute: its name.
+        whole: its value with all units.
+        per_unit: by how much it falls with each that goes.
+    """
+
+    module: str
+    attribute: str
+    whole: int
+    per_unit: int
+
+
 class ChannelGroup(Frozen):
     """Channels of several modules that can only be removed together, unit by unit.
 
@@ -30,12 +47,32 @@ class ChannelGroup(Frozen):
         carriers: what passes them on one by one and has a state for each: batch and instance
             norms, PReLU with a parameter a channel, depthwise convolutions.
         readers: Linear, Conv2d and factored layers whose input columns read them.
+        macs: multiply-accumulates of one unit and example that are in none of these modules, as
+            those of attention for a head.
+        counters: attributes that have to follow the number of units.
     """
 
     size: int
     producers: tuple[Member, ...]
     carriers: tuple[Member, ...]
     readers: tuple[Member, ...]
+    macs: float = 0.0
+    counters: tuple[Counter, ...] = ()
+
+    @property
+    def makers(self) -> tuple[str, ...]:
+        """The dotted paths of the producers."""
+        return tuple(member.module for member in self.producers)
+
+    @property
+    def holder(self) -> str:
+        """The dotted path of the innermost module that all producers and readers are in."""
+        return innermost([member.module for member in (*self.producers, *self.readers)])
+
+    @property
+    def has_blocks(self) -> bool:
+        """Whether its units are blocks of outputs, as heads are."""
+        return any(len(member.indices[0]) > 1 for member in self.producers)
 
 
 class Carrier(Frozen):
@@ -65,3 +102,10 @@ class ChannelGraph(Frozen):
     groups: Mapping[str, ChannelGroup]
     carriers: Mapping[str, Carrier]
     left_alone: Mapping[str, str]
+
+
+def innermost(paths: Sequence[str]) -> str:
+    """The dotted path of the innermost module that modules with these paths are in."""
+    parents = [path.split(".")[:-1] for path in paths]
+    shared = takewhile(lambda names: len(set(names)) == 1, zip(*parents, strict=False))
+    return ".".join(names[0] for names in shared)

@@ -4,38 +4,43 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict, defaultdict
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd  # pyright: ignore[reportPrivateUsage]
-from torch.nn.utils import parametrize
 
 from eigendamage.batches import Batch, first_call, output_tensors
 from eigendamage.errors import ChannelError
-from eigendamage.layers._channel_graph import Carrier, ChannelGraph, ChannelGroup, Member
+from eigendamage.layers._channel_graph import Carrier, ChannelGraph, ChannelGroup
 from eigendamage.layers._copy import copy_model
-from eigendamage.layers._dependencies import Coupling, Place, find_couplings
-from eigendamage.layers._factored import FactoredConv2d, FactoredLinear
-from eigendamage.layers._find import find_layers
+from eigendamage.layers._counters import with_counters
+from eigendamage.layers._dependencies import Coupling, find_couplings
+from eigendamage.layers._linear_groups import find_linear_groups
 from eigendamage.layers._proof import proven
-from eigendamage.layers._slicing import Norm, is_depthwise, sides
+from eigendamage.layers._slicing import Norm, is_depthwise
+from eigendamage.layers._staying import reasons_to_stay
 from eigendamage.layers._trace import preserved_random_state
+from eigendamage.layers._traced_groups import traced_groups
+from eigendamage.layers._unit_cost import with_unit_macs
 
 _EXAMPLES = 2
+_LIMIT_BESIDE_S = 20.0  # for the search in the graph where neurons are known already
+_UNTRACED = "no output of the model depends on it in a way that can be traced"
+_TIED = "what it returns goes into sums, into norms over channels or out of the model"
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-Role = Literal["producer", "carrier", "reader"]
 
 
 def find_channels(model: nn.Module, batch: Batch, *, limit_s: float = 120.0) -> ChannelGraph:
     """Find the channels that can be removed together, and prove that they can.
 
-    The candidates come from torch-pruning's dependency graph (Fang et al. 2023, DepGraph). A group
-    is in the result only if all its modules are such that `slice_channels` slices, and if removing
-    random units of it, alone and with those of others, left the outputs of a copy as they are when
-    the columns that read those units are zero instead.
+    The candidates come from two sources. `find_linear_groups` sees what lies between Linear
+    layers, neurons and heads. torch-pruning's dependency graph (Fang et al. 2023, DepGraph) sees
+    all else; it is not asked about networks of Linear layers with heads, where norms over channels
+    tie the rest together. A group is in the result only if all its modules are such that
+    `slice_channels` slices, and if removing random units of it, alone and with those of others,
+    left the outputs of a copy as they are when the columns that read those units are zero instead.
 
     The model is neither changed nor run; copies of it are, without its hooks. Random states are
     preserved.
@@ -51,29 +56,106 @@ def find_channels(model: nn.Module, batch: Batch, *, limit_s: float = 120.0) -> 
 
     Raises:
         DataError: if the model cannot run on the batch.
-        ChannelError: if it cannot be copied, or if torch-pruning fails on it or takes too long.
+        ChannelError: if it cannot be copied, or if torch-pruning fails on it or takes too long and
+            there is nothing between Linear layers either.
     """
     few = batch.few(_EXAMPLES)
-    reasons = _reasons(model)
+    reasons = reasons_to_stay(model)
     with preserved_random_state():
         base = _bare_copy(model)
         numbers = _numbers_an_example(base, few)
-        roots = [path for path in numbers if _has_rows(base.get_submodule(path))]
-        couplings = find_couplings(_traceable(base), few, roots, limit_s=limit_s)
-        groups, left_alone = _sorted_out(base, couplings, list(numbers), reasons)
-        groups, unproven = proven(base, few, groups)
-    left_alone.update(unproven)
-    covered = {place.path for coupling in couplings for place in coupling.places}
+        between, left_alone = _usable(find_linear_groups(base, few), reasons)
+        couplings, untraced = _couplings(base, few, list(numbers), between, limit_s)
+        traced, apart = traced_groups(base, couplings, list(numbers), reasons)
+        candidates = _merged(between, traced)
+        groups, unproven = proven(base, few, _in_order(candidates, numbers))
+        blocks = [name for name in unproven if candidates[name].has_blocks]
+        counted = {name: with_counters(base, candidates[name]) for name in blocks}
+        counted = {name: group for name, group in counted.items() if group.counters}
+        if counted:
+            groups, still = proven(base, few, _in_order({**groups, **counted}, numbers))
+            unproven = {**unproven, **still}
+        groups = with_unit_macs(base, few, groups)
+    placed = {path for group in groups.values() for path in group.makers}
+    left_alone = {**apart, **left_alone, **unproven}
+    left_alone = {path: why for path, why in left_alone.items() if path not in placed}
+    covered = {place.path for coupling in couplings for place in coupling.places} | placed
     for path, module in base.named_modules():
         if _has_rows(module) and path not in covered:
-            idle = "no output of the model depends on it in a way that can be traced"
-            left_alone[path] = reasons.get(path, idle)
+            left_alone.setdefault(path, reasons.get(path, untraced))
     carriers = {
         member.module: _carrier(base.get_submodule(member.module), numbers[member.module])
         for group in groups.values()
         for member in group.carriers
     }
     return ChannelGraph(groups=groups, carriers=carriers, left_alone=left_alone)
+
+
+def _usable(
+    groups: Mapping[str, ChannelGroup], reasons: Mapping[str, str]
+) -> tuple[dict[str, ChannelGroup], dict[str, str]]:
+    """The groups of which every layer can be sliced, and by name why the others cannot go."""
+    usable: dict[str, ChannelGroup] = {}
+    refused: dict[str, str] = {}
+    for name, group in groups.items():
+        members = (m.module for m in (*group.producers, *group.readers))
+        path = next((path for path in members if path in reasons), None)
+        if path is None:
+            usable[name] = group
+        else:
+            refused[name] = reasons[path] if path == name else f"'{path}': {reasons[path]}"
+    return usable, refused
+
+
+def _couplings(
+    base: nn.Module,
+    batch: Batch,
+    order: Sequence[str],
+    between: Mapping[str, ChannelGroup],
+    limit_s: float,
+) -> tuple[list[Coupling], str]:
+    """What torch-pruning finds, and why what it does not find has to stay.
+
+    Args:
+        base: a copy of the model.
+        batch: what to run it on.
+        order: its modules, in order of execution.
+        between: groups that are known to lie between Linear layers.
+        limit_s: seconds after which the search is stopped.
+    """
+    heads = any(group.has_blocks for group in between.values())
+    if heads and not any(isinstance(module, _ConvNd) for module in base.modules()):
+        return [], _TIED
+    roots = [path for path in order if _has_rows(base.get_submodule(path))]
+    if between:
+        limit_s = min(limit_s, _LIMIT_BESIDE_S)
+    try:
+        return find_couplings(_traceable(base), batch, roots, limit_s=limit_s), _UNTRACED
+    except ChannelError as error:
+        if not between:
+            raise
+        return [], str(error)
+
+
+def _merged(
+    between: Mapping[str, ChannelGroup], traced: Mapping[str, ChannelGroup]
+) -> dict[str, ChannelGroup]:
+    """Groups of both sources, no two with outputs of one layer from different ones.
+
+    torch-pruning takes outputs for single channels, which in a head they are not: heads come
+    before its groups. Neurons come after them: it also sees what is no Linear layer.
+    """
+    heads = {name: group for name, group in between.items() if group.has_blocks}
+    taken = {path for group in heads.values() for path in group.makers}
+    merged = {**heads}
+    merged |= {n: group for n, group in traced.items() if taken.isdisjoint(group.makers)}
+    taken = {path for group in merged.values() for path in group.makers}
+    return merged | {n: group for n, group in between.items() if taken.isdisjoint(group.makers)}
+
+
+def _in_order(groups: Mapping[str, ChannelGroup], order: Iterable[str]) -> dict[str, ChannelGroup]:
+    """The groups by when the layers that name them run."""
+    return {name: groups[name] for name in order if name in groups}
 
 
 def _bare_copy(model: nn.Module) -> nn.Module:
@@ -127,152 +209,6 @@ def _numbers_an_example(base: nn.Module, batch: Batch) -> dict[str, float]:
 
 def _has_rows(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | _ConvNd) and not is_depthwise(module)
-
-
-def _sorted_out(
-    base: nn.Module,
-    couplings: Sequence[Coupling],
-    order: Sequence[str],
-    reasons: Mapping[str, str],
-) -> tuple[dict[str, ChannelGroup], dict[str, str]]:
-    """The couplings that make a group, by name, and by first producer why the others do not."""
-    rank = {path: number for number, path in enumerate(order)}
-    modules = dict(base.named_modules())
-    stages = {
-        f"{path}.{i}".lstrip("."): (path, i, len(module))
-        for path, module in modules.items()
-        if isinstance(module, FactoredConv2d | FactoredLinear)
-        for i in range(len(module))
-    }
-    groups: dict[str, ChannelGroup] = {}
-    left_alone: dict[str, str] = {}
-    for coupling in couplings:
-        reason = _refusal(modules.keys(), coupling, stages, reasons) or _misfit(modules, coupling)
-        if reason is not None:
-            left_alone.setdefault(coupling.root, reason)
-            continue
-        members: dict[Role, list[Member]] = {"producer": [], "carrier": [], "reader": []}
-        for place in sorted(coupling.places, key=lambda p: rank[p.path]):
-            role = _role(modules[place.path], place)
-            if role is not None:
-                path = stages[place.path][0] if place.path in stages else place.path
-                members[role].append(Member(module=path, indices=coupling.places[place]))
-        names = [m.module for m in members["producer"] if m.module not in groups]
-        size = len(next(iter(coupling.places.values())))
-        if not names:
-            left_alone.setdefault(coupling.root, "its channels are divided among several readers")
-        elif not members["reader"]:
-            left_alone[names[0]] = "no layer reads its channels: they are an output of the model"
-        elif size < 2:
-            left_alone[names[0]] = "there is one channel only, and one has to stay"
-        else:
-            groups[names[0]] = ChannelGroup(
-                size=size,
-                producers=tuple(members["producer"]),
-                carriers=tuple(members["carrier"]),
-                readers=tuple(members["reader"]),
-            )
-    return groups, left_alone
-
-
-def _role(module: nn.Module, place: Place) -> Role | None:
-    if isinstance(module, nn.PReLU) and module.num_parameters == 1:
-        return None  # one slope for all channels
-    if isinstance(module, nn.Linear | nn.Conv2d) and not is_depthwise(module):
-        return "producer" if place.side == "out" else "reader"
-    return "carrier"
-
-
-def _refusal(
-    known: Collection[str],
-    coupling: Coupling,
-    stages: Mapping[str, tuple[str, int, int]],
-    reasons: Mapping[str, str],
-) -> str | None:
-    """Why a coupling is no group, by what is in it."""
-    for path, side in coupling.places:
-        if path in stages:
-            layer, stage, count = stages[path]
-            outside = stage == count - 1 if side == "out" else stage == 0
-            if not outside:
-                return f"inside the factored layer '{layer}' there are ranks, which are no channels"
-            if layer in reasons:
-                return f"'{layer}': {reasons[layer]}"
-        if path in reasons:
-            return reasons[path] if path == coupling.root else f"'{path}': {reasons[path]}"
-        if path not in known:
-            return f"the parameter '{path}', outside of any known layer, goes with them"
-    if coupling.is_output:
-        return "they are an output of the model, whose shape would change"
-    if not coupling.traceable:
-        return "heads that are read several times lie between its channels and others"
-    return None
-
-
-def _misfit(modules: Mapping[str, nn.Module], coupling: Coupling) -> str | None:
-    """Whether a place has not the channels that it is said to have: they were padded on the way."""
-    for place, units in coupling.places.items():
-        module = modules[place.path]
-        if _role(module, place) is None:
-            continue
-        have = sides(module, name=place.path)
-        size = have.inputs if place.side == "in" else have.outputs
-        if any(not 0 <= channel < size for unit in units for channel in unit):
-            return (
-                f"they could not be followed to '{place.path}', which has {size} channels; "
-                f"something without a layer of its own, such as padding, changes their number"
-            )
-    return None
-
-
-def _reasons(model: nn.Module) -> dict[str, str]:
-    """For each module that cannot be sliced, why; also for those of a factored layer."""
-    found = dict(find_layers(model).left_alone)
-    owners: dict[int, list[str]] = defaultdict(list)
-    for path, module in model.named_modules():
-        for parameter in module.parameters(recurse=False):
-            owners[id(parameter)].append(path)
-    reasons: dict[str, str] = {}
-    for path, module in model.named_modules():
-        if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1):
-            reason = _why_not(module, owners) or found.get(path)
-        elif isinstance(module, nn.PReLU | Norm) or is_depthwise(module):
-            reason = _why_not(module, owners)
-        elif isinstance(module, FactoredConv2d | FactoredLinear):
-            reason = "it carries hooks" if _is_hooked(module) else None
-        else:
-            reason = _foreign(module)
-        if reason is not None:
-            reasons[path] = reason
-    return reasons
-
-
-def _foreign(module: nn.Module) -> str:
-    kind = type(module).__name__
-    if isinstance(module, nn.LayerNorm | nn.GroupNorm):
-        return f"{kind} computes over several channels at once"
-    if isinstance(module, nn.Conv2d):
-        return f"grouped Conv2d (groups={module.groups}), whose groups would not stay equal"
-    return f"{kind} is no layer whose channels can be removed"
-
-
-def _why_not(module: nn.Module, owners: Mapping[int, Sequence[str]]) -> str | None:
-    kind = type(module).__name__
-    standard = type(module).forward.__module__.startswith("torch.nn.")
-    if not standard or "forward" in vars(module):
-        return f"{kind} has a forward of its own"
-    if parametrize.is_parametrized(module) or {"weight", "bias"} & vars(module).keys():
-        return f"the weight of {kind} is computed from other parameters (parametrized or masked)"
-    if _is_hooked(module):
-        return "it carries hooks, which may depend on its channels; remove them first"
-    for parameter in module.parameters(recurse=False):
-        if len(owners[id(parameter)]) > 1:
-            return f"a parameter of it is shared by {' and '.join(owners[id(parameter)])}"
-    return None
-
-
-def _is_hooked(module: nn.Module) -> bool:
-    return any(getattr(module, kind) for kind in _HOOKS)
 
 
 def _carrier(module: nn.Module, numbers: float) -> Carrier:

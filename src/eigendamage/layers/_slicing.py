@@ -196,6 +196,29 @@ def remove_units(model: nn.Module, graph: ChannelGraph, units: Mapping[str, Sequ
     sizes = {path: sides(module, name=path) for path, module in modules.items()}
     for path, kept in kept_indices(graph, units, sizes).items():
         slice_channels(modules[path], outputs=kept.outputs, inputs=kept.inputs, name=path)
+    for (path, attribute), (_, left) in counts_left(graph, units).items():
+        setattr(model.get_submodule(path), attribute, left)
+
+
+def counts_left(
+    graph: ChannelGraph, dropped: Mapping[str, Sequence[int]]
+) -> dict[tuple[str, str], tuple[int, int]]:
+    """What attributes that count units are, and are to be when some units of some groups go.
+
+    Args:
+        graph: the groups.
+        dropped: for each group the units to remove.
+
+    Returns:
+        By dotted path of the module and name of the attribute, its value before and after.
+    """
+    counts: dict[tuple[str, str], tuple[int, int]] = {}
+    for key, units in dropped.items():
+        for counter in graph.groups[key].counters if units else ():
+            place = counter.module, counter.attribute
+            whole, left = counts.get(place, (counter.whole, counter.whole))
+            counts[place] = whole, left - counter.per_unit * len(units)
+    return counts
 
 
 def channels_of(member: Member, units: Sequence[int]) -> list[int]:

@@ -12,11 +12,11 @@ from eigendamage.distributed import decided
 from eigendamage.errors import BudgetError, NothingToCompressError
 from eigendamage.layers import ON_REQUEST, Cost, Layer
 from eigendamage.plan._calibrate import OF_CHANNELS
-from eigendamage.plan._channels import channel_actions, plan_channels
+from eigendamage.plan._channels import channel_actions, plan_channels, planned_counters
 from eigendamage.plan._market import AutoOptions, Basket, Market
 from eigendamage.plan._menus import Menus
 from eigendamage.plan._methods import READERS_REPAIRED
-from eigendamage.plan._plan import Action, CarrierPlan, Channels, Keep
+from eigendamage.plan._plan import Action, CarrierPlan, Channels, CounterPlan, Keep
 from eigendamage.plan._task import Result, Task
 
 _ALL_TOGETHER = (
@@ -133,9 +133,11 @@ def _result(
             costs[name] = menu.cost(index)
             left = left - (task.layers[name].cost(task.curvature[name].shape) - costs[name])
     carriers: dict[str, CarrierPlan] = {}
+    counters: tuple[CounterPlan, ...] = ()
     if basket.groups and menus.graph is not None:
         dropped = {name: menus.groups[name].dropped(at) for name, at in basket.groups.items()}
         cut, carriers = channel_actions(menus.graph, dropped, task.layers, "columns", menus.damping)
+        counters = planned_counters(menus.graph, dropped)
         for name, action in cut.items():
             actions[name], costs[name] = _with_bias(action, task.layers[name], task)
         for name, at in basket.groups.items():
@@ -153,6 +155,7 @@ def _result(
         gap=basket.allocation.gap,
         changes=any(not isinstance(action, Keep) for action in actions.values()),
         carriers=carriers,
+        counters=counters,
         left_alone=menus.left_alone,
         notes=menus.notes,
     )

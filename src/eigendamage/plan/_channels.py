@@ -14,10 +14,19 @@ from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPriva
 
 from eigendamage.curvature import Curvature
 from eigendamage.errors import EigenDamageError, NothingToCompressError
-from eigendamage.layers import ChannelGraph, ChannelGroup, Cost, Layer, Member, Sides, kept_indices
+from eigendamage.layers import (
+    ChannelGraph,
+    ChannelGroup,
+    Cost,
+    Layer,
+    Member,
+    Sides,
+    counts_left,
+    kept_indices,
+)
 from eigendamage.plan._budget import Budget, Unit, counted
 from eigendamage.plan._methods import ChannelRule
-from eigendamage.plan._plan import CarrierPlan, Channels, Repair
+from eigendamage.plan._plan import CarrierPlan, Channels, CounterPlan, Repair
 from eigendamage.plan._repair import rise
 from eigendamage.plan._task import Result, Task, refuse_none
 from eigendamage.plan._threshold import Cut, GlobalThreshold, keep_above
@@ -101,6 +110,7 @@ def cost_left(
     left = total
     for name, units in dropped.items():
         group = graph.groups[name]
+        left = left - Cost(group.macs * len(units), 0, 0)
         for side, members in ((outputs, group.producers), (inputs, group.readers)):
             for member in members:
                 side[member.module] += len(units) * len(member.indices[0])
@@ -223,6 +233,16 @@ def channel_actions(
     return actions, carriers
 
 
+def planned_counters(
+    graph: ChannelGraph, dropped: Mapping[str, tuple[int, ...]]
+) -> tuple[CounterPlan, ...]:
+    """The attributes that have to follow when these units of these groups go."""
+    return tuple(
+        CounterPlan(module=module, attribute=attribute, before=before, after=after)
+        for (module, attribute), (before, after) in counts_left(graph, dropped).items()
+    )
+
+
 def ranked_per(
     rule: ChannelRule, budget: Budget, rank_by: RankBy | None, method: str
 ) -> Unit | None:
@@ -293,6 +313,7 @@ def plan_channels(
         ratio=chosen.ratio,
         changes=chosen.cut.changes,
         carriers=carriers,
+        counters=planned_counters(graph, dropped),
         left_alone=left_alone,
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import gcd
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,7 +35,7 @@ class GroupMenu:
         prices: expected rise of the loss.
         costs: of all members and carriers afterwards.
         whole: of all members and carriers as they are.
-        carriers: of the carriers as they are.
+        carriers: of the carriers as they are, with what the channels cost outside of any module.
         per_unit: how many outputs and inputs a member loses with each unit.
     """
 
@@ -117,7 +118,9 @@ def _menu(
         columns = [view.columns(unit) for unit in member.indices]
         readers.append(kron_obs.Reader(view.W, view.S, view.A_inverse, columns))
     found = kron_obs.eliminate(readers)
-    kept = rank_grid(group.size, group.size - 1, multiple, _COUNTS)
+    block = min(len(member.indices[0]) for member in group.producers)
+    units = multiple // gcd(multiple, block)  # so that the outputs left are a multiple
+    kept = rank_grid(group.size, group.size - 1, units, _COUNTS)
     counts = np.array(sorted(group.size - k for k in kept), np.int64)
     prices = found.rises.cumsum(0).numpy()[counts - 1]
     members = _members(group)
@@ -125,7 +128,7 @@ def _menu(
     for member in members:
         whole = whole + layers[member].cost(curvature[member].shape)
     size = curvature[members[0]].shape.itemsize
-    carriers = Cost(0.0, 0, 0)
+    carriers = Cost(group.macs * group.size, 0, 0)
     for path in dict.fromkeys(m.module for m in group.carriers):
         carrier = graph.carriers[path]
         parameters = carrier.parameters * carrier.channels

@@ -199,6 +199,7 @@ def _plan(task: Task, method: str, variant: str | None, result: Result) -> Plan:
         ratio=result.ratio,
         layers=planned,
         carriers=result.carriers,
+        counters=result.counters,
         left_alone={**task.curvature.left_alone, **result.left_alone},
         macs=(task.total.macs, result.left.macs),
         parameters=(task.total.parameters, result.left.parameters),

@@ -232,6 +232,22 @@ class CarrierPlan(Frozen):
     channels: int
 
 
+class CounterPlan(Frozen):
+    """An attribute of a module that counts heads or their channels, of which some go.
+
+    Attributes:
+        module: its dotted path.
+        attribute: its name.
+        before: its value now.
+        after: what it is to be.
+    """
+
+    module: str
+    attribute: str
+    before: int
+    after: int
+
+
 class Plan(Document):
     """What is done to each layer, and what that is expected to cost and save.
 
@@ -244,6 +260,7 @@ class Plan(Document):
             Fewer go where a layer would not shrink, or one side would lose too many.
         layers: by dotted path, in the order in which they run.
         carriers: modules between the layers that lose channels, by dotted path.
+        counters: attributes of modules that have to follow what goes.
         left_alone: why other modules with parameters are not in the plan.
         macs: multiply-accumulates of one example in the whole model, before and after.
         parameters: parameters of the whole model, before and after.
@@ -260,6 +277,7 @@ class Plan(Document):
     ratio: float | None = None
     layers: Mapping[str, LayerPlan]
     carriers: Mapping[str, CarrierPlan] = {}
+    counters: tuple[CounterPlan, ...] = ()
     left_alone: Mapping[str, str]
     macs: tuple[Amount, Amount]
     parameters: tuple[int, int]

@@ -12,7 +12,7 @@ from eigendamage.curvature import Curvature
 from eigendamage.errors import NonFiniteError, NothingToCompressError
 from eigendamage.layers import Cost, Layer
 from eigendamage.plan._budget import Budget
-from eigendamage.plan._plan import Action, CarrierPlan
+from eigendamage.plan._plan import Action, CarrierPlan, CounterPlan
 from eigendamage.plan._views import LayerView
 
 
@@ -74,6 +74,7 @@ class Result:
         ratio: the fraction of units that do not exceed the threshold, where there is one.
         changes: whether anything is changed.
         carriers: modules between the layers that lose channels.
+        counters: attributes of modules that have to follow what goes.
         left_alone: why other things than layers are left alone.
         calibrated: prices corrected by measurements, where they were.
         gap: the most that a better allocation could save, where it is known.
@@ -88,6 +89,7 @@ class Result:
     ratio: float | None
     changes: bool
     carriers: Mapping[str, CarrierPlan] = field(default_factory=dict[str, CarrierPlan])
+    counters: tuple[CounterPlan, ...] = ()
     left_alone: Mapping[str, str] = field(default_factory=dict[str, str])
     calibrated: Mapping[str, float] = field(default_factory=dict[str, float])
     gap: float | None = None

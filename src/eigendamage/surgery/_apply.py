@@ -12,6 +12,7 @@ from eigendamage.layers import Layer, copy_model, find_layers, sides, slice_chan
 from eigendamage.plan import (
     CarrierPlan,
     Channels,
+    CounterPlan,
     DepthwiseBlock,
     EigenBlock,
     LayerPlan,
@@ -40,6 +41,8 @@ def apply_plan(model: nn.Module, plan: Plan, curvature: Curvature) -> nn.Module:
         _check(name, layer_plan, found.get(name), curvature)
     for name, carrier in plan.carriers.items():
         _check_carrier(model, name, carrier)
+    for counter in plan.counters:
+        _check_counter(model, counter)
     # Replaced modules are built from the original: no need to copy their weights first.
     replaced: dict[int, nn.Module] = {}
     for name, layer_plan in plan.layers.items():
@@ -59,6 +62,8 @@ def apply_plan(model: nn.Module, plan: Plan, curvature: Curvature) -> nn.Module:
             mask_weights(smaller.get_submodule(name), found[name], curvature[name], action)
     for name, carrier in plan.carriers.items():
         slice_channels(smaller.get_submodule(name), outputs=carrier.kept, name=name)
+    for counter in plan.counters:
+        setattr(smaller.get_submodule(counter.module), counter.attribute, counter.after)
     return smaller
 
 
@@ -107,6 +112,16 @@ def _check_carrier(model: nn.Module, name: str, planned: CarrierPlan) -> None:
     if channels != planned.channels:
         raise MismatchError(f"'{name}' has {channels} channels, the plan is for {planned.channels}")
     _check_indices(name, "channels", planned.kept, channels)
+
+
+def _check_counter(model: nn.Module, planned: CounterPlan) -> None:
+    place = f"'{planned.attribute}' of '{planned.module}'"
+    try:
+        found = getattr(model.get_submodule(planned.module), planned.attribute)
+    except AttributeError as error:
+        raise MismatchError(f"the plan sets {place}, which the model has not") from error
+    if found != planned.before:
+        raise MismatchError(f"{place} is {found!r}, the plan is for {planned.before}")
 
 
 def _check_indices(name: str, what: str, indices: Sequence[int], size: int) -> None:
