@@ -51,7 +51,7 @@ class Passes:
         shown = track(self._batches, what, total=len(self._batches) or None, enabled=self._progress)
         with undisturbed(self._model), Capture(layers, sink) as capture:
             for batch in shown:
-                capture.expect(batch.size)
+                capture.expect(batch)
                 output = call(self._model, batch)
                 for seed in self._head.seeds(output, batch, self._fisher, random):
                     capture.backward(seed)

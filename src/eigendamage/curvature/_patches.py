@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from eigendamage.curvature._factors import gram
@@ -90,9 +90,24 @@ class PositionDraws:
         """Uniform draws with replacement, (n, limit); None where all positions are to be read."""
         if positions <= self._limit:
             return None
+        uniform = self._uniform(layer, examples)
+        return (uniform * positions).long().clamp_max(positions - 1)
+
+    def draw_counted(self, layer: str, counted: Bool[Tensor, "n t"]) -> Int[Tensor, " p"]:
+        """The same where some positions do not count, as indices into all n·t of them.
+
+        Each example is drawn from as if it had come alone, without what does not count.
+        """
+        found: list[Tensor] = []
+        for example, mine in enumerate(counted.cpu()):
+            places = example * len(mine) + mine.nonzero()[:, 0]
+            drawn = self.draw(layer, 1, len(places))
+            found.append(places if drawn is None else places[drawn[0]])
+        return torch.cat(found).to(counted.device)
+
+    def _uniform(self, layer: str, examples: int) -> Float[Tensor, "n p"]:
         stream = self._streams.get(layer)
         if stream is None:
             stream = torch.Generator().manual_seed(self._seed + len(self._streams))
             self._streams[layer] = stream
-        uniform = torch.rand((examples, self._limit), generator=stream, dtype=torch.float64)
-        return (uniform * positions).long().clamp_max(positions - 1)
+        return torch.rand((examples, self._limit), generator=stream, dtype=torch.float64)
