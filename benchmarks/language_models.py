@@ -36,7 +36,7 @@ from eigendamage.layers import copy_model
 
 SIZES = (0.9, 0.8, 0.7, 0.6, 0.5)
 COMMAND = "python benchmarks/language_models.py stories|characters --model FOLDER --text TEXT …"
-DISTILLED = {"epochs": 2, "learning_rate": 1e-3, "optimizer": "AdamW, one cycle"}
+DISTILLED = {"epochs": 1, "learning_rate": 1e-3, "optimizer": "AdamW, one cycle"}
 LENGTH = 256
 
 
@@ -208,7 +208,6 @@ def ours(case: Case, curvature: ed.Curvature, size: float) -> nn.Module:
         case.calibration,
         budget=ed.Budget(params=1 - (1 - size) * layers / whole),
         loss="causal_lm",
-        actions=("low-rank", "blocks"),
         curvature=curvature,
         eval_data=case.calibration[:1],
         progress=False,
@@ -269,7 +268,7 @@ def run(case: Case, sizes: Sequence[float], methods: str, out: Path) -> None:
         case.model,
         case.calibration,
         loss="causal_lm",
-        also=("patches", "gradients"),
+        also=("patches", "gradients", "channels"),
         progress=False,
     )
     layers = sum(W.numel() for W in weights_of(case.model, curvature).values())

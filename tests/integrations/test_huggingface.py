@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -167,6 +168,11 @@ def test_channels_of_a_llama_are_found_though_its_rotary_embeddings_go_in_circle
     assert "model.layers.0.mlp.gate_proj" in members
     assert "model.layers.0.self_attn.q_proj" not in members
     assert result.model(**batches[0]).logits.shape == (3, 7, VOCABULARY)
+    # Reports of language models have the perplexity of a token; prices are by example.
+    report = result.report
+    found = ed.evaluate(result.model, batches, loss="causal_lm", progress=False)
+    assert report.final.perplexity == pytest.approx(found.perplexity)
+    assert math.log(found.perplexity) == pytest.approx(found.loss * 15 / (5 * (6 + 3 + 6)))
 
 
 def test_plain_linears_return_what_conv1d_does() -> None:
