@@ -262,7 +262,9 @@ def per_token(model: nn.Module, case: Case) -> float:
     return found.loss_per_position
 
 
-def run(case: Case, sizes: Sequence[float], methods: str, out: Path) -> None:
+def run(
+    case: Case, sizes: Sequence[float], distil_at: Sequence[float], methods: str, out: Path
+) -> None:
     base = per_token(case.model, case)
     curvature = ed.estimate_curvature(
         case.model,
@@ -292,7 +294,7 @@ def run(case: Case, sizes: Sequence[float], methods: str, out: Path) -> None:
                 "base_perplexity": math.exp(base),
                 "loss": cut,
                 "perplexity": math.exp(cut),
-                "distilled": per_token(distilled(case, small), case),
+                "distilled": per_token(distilled(case, small), case) if size in distil_at else None,
                 "tokens": sum(int(b["attention_mask"].sum()) for b in case.calibration),
                 "seed": 0,
                 "seconds": round(seconds, 1),
@@ -344,6 +346,7 @@ def main() -> None:
     parser.add_argument("--text", required=True, help="to decide and distil on")
     parser.add_argument("--held-out", help="to measure on; characters: the last tenth of the text")
     parser.add_argument("--sizes", type=float, nargs="+", default=SIZES)
+    parser.add_argument("--distil-at", type=float, nargs="*", default=SIZES, help="of the sizes")
     parser.add_argument("--methods", default="", help="only those with this in their name")
     here = Path(__file__).parent / "results" / "language_models.json"
     parser.add_argument("--out", type=Path, default=here)
@@ -352,7 +355,7 @@ def main() -> None:
         case = story_case(options.model, options.text, options.held_out)
     else:
         case = character_case(options.model, options.text)
-    run(case, options.sizes, options.methods, options.out)
+    run(case, options.sizes, options.distil_at, options.methods, options.out)
 
 
 if __name__ == "__main__":

@@ -416,6 +416,7 @@ def words_of(item: object) -> str:
 def language_models(results: Mapping[str, Any]) -> str:
     rows = []
     for row in results["rows"]:
+        distilled = row["distilled"]
         rows.append(
             [
                 row["model"],
@@ -424,8 +425,8 @@ def language_models(results: Mapping[str, Any]) -> str:
                 percent(row["left"]),
                 f"{row['loss'] - row['base']:+.3f}",
                 f"{row['perplexity']:.2f}",
-                f"{row['distilled'] - row['base']:+.3f}",
-                f"{math.exp(row['distilled']):.2f}",
+                f"{distilled - row['base']:+.3f}" if distilled else "–",
+                f"{math.exp(distilled):.2f}" if distilled else "–",
             ]
         )
     header = [
@@ -442,8 +443,8 @@ def language_models(results: Mapping[str, Any]) -> str:
     shown = ", ".join(f"{model} {base:.2f}" for model, base in bases.items())
     return (
         f"{table(header, rows, words=3)}\n\nLosses in nats per token of the held-out text; "
-        f"perplexity as it is: {shown}. Distilled: {words_of(results['distilled'])}. Seed 0, one run. "
-        f"`{results['command']}`."
+        f"perplexity as it is: {shown}. Distilled: {words_of(results['distilled'])}. "
+        f"Seed 0, one run. `{results['command']}`."
     )
 
 
