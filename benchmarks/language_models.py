@@ -22,6 +22,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -262,17 +263,22 @@ def per_token(model: nn.Module, case: Case) -> float:
     return found.loss_per_position
 
 
+def curvature_of(case: Case) -> ed.Curvature:
+    """With channels where they can be traced: of a GPT-2 they cannot."""
+    estimate = partial(
+        ed.estimate_curvature, case.model, case.calibration, loss="causal_lm", progress=False
+    )
+    try:
+        return estimate(also=("patches", "gradients", "channels"))
+    except ed.ChannelError:
+        return estimate(also=("patches", "gradients"))
+
+
 def run(
     case: Case, sizes: Sequence[float], distil_at: Sequence[float], methods: str, out: Path
 ) -> None:
     base = per_token(case.model, case)
-    curvature = ed.estimate_curvature(
-        case.model,
-        case.calibration,
-        loss="causal_lm",
-        also=("patches", "gradients", "channels"),
-        progress=False,
-    )
+    curvature = curvature_of(case)
     layers = sum(W.numel() for W in weights_of(case.model, curvature).values())
     for size in sizes:
         for label, make in candidates(case, curvature, size):

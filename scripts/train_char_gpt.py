@@ -72,7 +72,7 @@ def main() -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        if (step + 1) % 250 == 0:
+        if (step + 1) % 250 == 0 or step + 1 == options.steps:
             print(f"step {step + 1}: held-out {held_out_loss(model, test):.4f}", flush=True)
     model.eval()
     model.save_pretrained(options.folder)
