@@ -87,9 +87,12 @@ def put(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def whitening(W: Tensor, c: ed.LayerCurvature) -> Tensor:
-    """The Cholesky factor of the second moment of what the layer reads (Wang et al. 2024)."""
-    A = c.A.double()
-    return torch.linalg.cholesky(A + 1e-6 * A.diagonal().mean() * torch.eye(len(A)).double())
+    """A root of the second moment of what the layer reads (Wang et al. 2024); any gives the same.
+
+    From eigenvalues, because the moment of what comes out of a LayerNorm is singular.
+    """
+    values, Q = torch.linalg.eigh(c.A.double())
+    return Q * values.clamp_min(1e-6 * float(values.mean())).sqrt()
 
 
 def fisher_rows(W: Tensor, c: ed.LayerCurvature) -> Tensor:
