@@ -437,6 +437,41 @@ def words_of(item: object) -> str:
     return str(item)
 
 
+def language_models(results: Mapping[str, Any]) -> str:
+    rows = []
+    for row in results["rows"]:
+        distilled = row["distilled"]
+        rows.append(
+            [
+                row["model"],
+                percent(row["size"]),
+                row["method"],
+                percent(row["left"]),
+                f"{row['loss'] - row['base']:+.3f}",
+                f"{row['perplexity']:.2f}",
+                f"{distilled - row['base']:+.3f}" if distilled else "–",
+                f"{math.exp(distilled):.2f}" if distilled else "–",
+            ]
+        )
+    header = [
+        "model",
+        "at most",
+        "method",
+        "left",
+        "rise of loss right after",
+        "perplexity",
+        "rise distilled",
+        "perplexity",
+    ]
+    bases = {row["model"]: row["base_perplexity"] for row in results["rows"]}
+    shown = ", ".join(f"{model} {base:.2f}" for model, base in bases.items())
+    return (
+        f"{table(header, rows, words=3)}\n\nLosses in nats per token of the held-out text; "
+        f"perplexity as it is: {shown}. Distilled: {words_of(results['distilled'])}. "
+        f"Seed 0, one run. `{results['command']}`."
+    )
+
+
 TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "demo": ("demo.json", demo),
     "demo-loss": ("demo.json", demo_loss),
@@ -449,6 +484,7 @@ TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "curvature-memory": ("curvature_memory.json", curvature_memory),
     "latency-budgets": ("latency_budgets.json", latency_budgets),
     "compare": ("compare.json", compare),
+    "language-models": ("language_models.json", language_models),
 }
 """The result file and the renderer of each table."""
 

@@ -9,6 +9,7 @@ from itertools import islice
 from typing import Any, cast
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
@@ -18,6 +19,8 @@ Data = Iterable[Any] | Tensor
 """An iterable of batches: tensors, (input, label) pairs or dicts. A lone tensor is one batch."""
 
 LABEL_KEYS = ("labels", "label", "targets", "target")
+TOKEN_KEYS = ("input_ids", "attention_mask", "token_type_ids")
+"""What language models call their inputs of shape (batch, tokens)."""
 _DATASET_BATCH = 64
 _PEEKED = 8
 
@@ -33,12 +36,24 @@ class Batch:
 
     @property
     def divisible(self) -> bool:
-        """Whether its input is one tensor, which can be cut along its first axis.
+        """Whether its input is one tensor, or one by tokens, which can be cut along the first axis.
 
-        Among several tensors there may be some without a batch axis (a mask, positions) whose first
-        axis is as long by chance.
+        Among several other tensors there may be some without a batch axis (a mask, positions) whose
+        first axis is as long by chance.
         """
+        if not self.args and self.kwargs and all(name in TOKEN_KEYS for name in self.kwargs):
+            shapes = {v.shape for v in self.kwargs.values() if isinstance(v, Tensor)}
+            return len(shapes) == 1
         return len(tensors_in([*self.args, *self.kwargs.values()])) == 1
+
+    @property
+    def counted(self) -> Bool[Tensor, "n t"] | None:
+        """Which tokens of each example count, by ``attention_mask``; None where all of them do."""
+        mask = self.kwargs.get("attention_mask")
+        if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[0] != self.size:
+            return None
+        counted = mask != 0
+        return None if bool(counted.all()) else counted
 
     def few(self, count: int) -> Batch:
         """Its first ``count`` examples if it is divisible, the whole batch otherwise."""

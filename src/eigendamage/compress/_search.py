@@ -162,7 +162,8 @@ def _within_loss(original: nn.Module, source: Source, loss: float, settings: Set
         found = divergence(original, trial.model, settings)
         if found is None:
             raise BudgetError(
-                "a budget of loss needs a loss with a divergence: cross_entropy, mse or bce"
+                "a budget of loss needs a loss with a divergence: cross_entropy, causal_lm, mse or "
+                "bce"
             )
         nearest = min(nearest, found)
         predicted = plan.calibrated or plan.price

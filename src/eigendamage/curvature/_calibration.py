@@ -72,7 +72,7 @@ def calibration_table(
     total = 0
     with undisturbed(model), Capture(layers.values(), sink) as capture:
         for batch in batches:
-            capture.expect(batch.size)
+            capture.expect(batch)
             output = call(model, batch)
             for start in head.seeds(output, batch, _affordable(curvature, output), random):
                 capture.backward(start)

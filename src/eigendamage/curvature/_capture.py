@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -27,11 +27,11 @@ class Sink(Protocol[Record]):
     (recomputation under activation checkpointing, or a branch the loss does not depend on).
     """
 
-    def entered(self, layer: Layer, x: Tensor, examples: int) -> Record:
+    def entered(self, layer: Layer, x: Tensor, batch: Batch) -> Record:
         """Note an input; what is returned comes back with the gradient."""
         ...
 
-    def left(self, layer: Layer, record: Record, g: Tensor, examples: int) -> None:
+    def left(self, layer: Layer, record: Record, g: Tensor, batch: Batch) -> None:
         """Take the gradient of the loss with respect to the output."""
         ...
 
@@ -66,7 +66,7 @@ class Capture(Generic[Record]):
     def __init__(self, layers: Iterable[Layer], sink: Sink[Record]) -> None:
         self._layers = list(layers)
         self._sink = sink
-        self._batch = 0
+        self._batch: Batch | None = None
         self._more = False
         self._handles: list[Any] = []
 
@@ -83,9 +83,9 @@ class Capture(Generic[Record]):
             handle.remove()
         self._handles.clear()
 
-    def expect(self, examples: int) -> None:
-        """Say how many examples the coming forward pass holds."""
-        self._batch = examples
+    def expect(self, batch: Batch) -> None:
+        """Say what the coming forward pass is of."""
+        self._batch = batch
 
     def backward(self, seed: Seed) -> None:
         """Go backwards from a seed; after the last one, kept inputs are let go as they are used."""
@@ -103,22 +103,23 @@ class Capture(Generic[Record]):
             if not output.requires_grad:
                 anchor = torch.zeros((), device=output.device, requires_grad=True)
                 output = _Gate.apply(output, anchor)
-            n = self._batch
+            batch = self._batch
+            assert batch is not None
             with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
-                records = [self._sink.entered(layer, x.detach(), n)]
+                records = [self._sink.entered(layer, x.detach(), batch)]
 
             def on_gradient(g: Tensor) -> None:
                 record = records[0] if self._more else records.pop()
                 with torch.no_grad(), torch.autocast(g.device.type, enabled=False):
-                    self._sink.left(layer, record, g.detach(), n)
+                    self._sink.left(layer, record, g.detach(), batch)
 
             output.register_hook(on_gradient)
 
         return hook
 
 
-def inputs_by_example(layer: Layer, x: Tensor, examples: int) -> Float[Tensor, "n i *size"]:
-    """A layer's input as (n, channels, positions…), in at least float32.
+def inputs_by_example(layer: Layer, x: Tensor, batch: Batch) -> Float[Tensor, "n i *size"]:
+    """A layer's input as (n, channels, positions…), in at least float32; padded tokens are zero.
 
     Linear layers may have any number of leading axes; the first is the batch, or a multiple of it
     with each example's rows together (windows, say).
@@ -126,20 +127,34 @@ def inputs_by_example(layer: Layer, x: Tensor, examples: int) -> Float[Tensor, "
     Raises:
         LayerError: if the leading axis does not tell the examples apart.
     """
-    return _by_example(layer, x, examples, layer.inputs)
+    return _by_example(layer, x, batch, layer.inputs)
 
 
-def gradients_by_example(layer: Layer, g: Tensor, examples: int) -> Float[Tensor, "n o t"]:
-    """A layer's output gradient as (n, channels, positions), in at least float32."""
-    return _by_example(layer, g, examples, layer.outputs).flatten(2)
+def gradients_by_example(layer: Layer, g: Tensor, batch: Batch) -> Float[Tensor, "n o t"]:
+    """A layer's output gradient as (n, channels, positions), likewise."""
+    return _by_example(layer, g, batch, layer.outputs).flatten(2)
 
 
-def _by_example(layer: Layer, x: Tensor, examples: int, channels: int) -> Tensor:
+def counted_positions(layer: Layer, batch: Batch, positions: int) -> Bool[Tensor, "n t"] | None:
+    """Which positions of a layer are tokens that count; None where all do.
+
+    The positions of a Linear layer are taken for the batch's tokens if there are as many of them.
+    """
+    counted = batch.counted
+    if counted is None or layer.geometry is not None or counted.shape[1] != positions:
+        return None
+    return counted
+
+
+def _by_example(layer: Layer, x: Tensor, batch: Batch, channels: int) -> Tensor:
     x = x if x.dtype == torch.float64 else x.float()
+    examples = batch.size
     if layer.geometry is not None and x.ndim == 4 and x.shape[0] == examples:
         return x
     if layer.geometry is None and x.ndim >= 2 and x.shape[0] % examples == 0:
-        return x.reshape(examples, -1, channels).transpose(1, 2)
+        rows = x.reshape(examples, -1, channels).transpose(1, 2)
+        counted = counted_positions(layer, batch, rows.shape[2])
+        return rows if counted is None else rows.masked_fill(~counted.unsqueeze(1), 0)
     raise LayerError(
         layer.name,
         f"its tensors have shape {tuple(x.shape)} for a batch of {examples} examples, so examples "
@@ -176,17 +191,17 @@ class _LayoutProbe:
         self.reasons: dict[str, str] = {}
         self.reached: set[str] = set()
 
-    def entered(self, layer: Layer, x: Tensor, examples: int) -> None:
+    def entered(self, layer: Layer, x: Tensor, batch: Batch) -> None:
         return None
 
-    def left(self, layer: Layer, record: None, g: Tensor, examples: int) -> None:
+    def left(self, layer: Layer, record: None, g: Tensor, batch: Batch) -> None:
         self.reached.add(layer.name)
         try:
-            rows = gradients_by_example(layer, g, examples)
+            rows = gradients_by_example(layer, g, batch)
         except LayerError:
             self.reasons[layer.name] = (
                 f"its output of shape {tuple(g.shape)} has no batch axis in front "
-                f"(batch of {examples})"
+                f"(batch of {batch.size})"
             )
             return
         if bool((rows[1:] != 0).any()):
@@ -208,7 +223,7 @@ def probe_layout(
     few = batch.few(2)
     probe = _LayoutProbe()
     with undisturbed(model), Capture(layers.values(), probe) as capture:
-        capture.expect(few.size)
+        capture.expect(few)
         outputs = [
             t
             for t in head.starts(call(model, few))

@@ -65,8 +65,10 @@ def estimate_curvature(
             loss is taken of; the first axis is the batch.
         data: an iterable of batches: tensors, (input, label) pairs or dicts of keyword arguments
             (with ``labels``). It is gone through twice; an iterator is kept in memory for that.
-        loss: ``cross_entropy`` (summed over positions), ``mse`` or ``bce`` (averaged over an
-            example's outputs), or a function of (output, target) for ``fisher="empirical"``.
+        loss: ``cross_entropy`` (summed over positions), ``causal_lm`` (the same, where a token's
+            output predicts the next token), ``mse`` or ``bce`` (averaged over an example's
+            outputs), or a function of (output, target) for ``fisher="empirical"``. Tokens that an
+            ``attention_mask`` (batch, tokens) of the data excludes count for nothing, nowhere.
         fisher: ``mc`` draws labels from the model's own prediction, ``exact`` takes the
             expectation over them (one backward pass a class and position), ``empirical`` uses the
             data's labels. The first two need no labels.

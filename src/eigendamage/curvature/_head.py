@@ -6,8 +6,11 @@ exactly, the matrix wanted there: the Hessian of the loss with respect to the ou
 product of the data's own gradients for ``empirical``. The loss of an example is
 
 - ``cross_entropy``: summed over its positions (tokens, pixels), masked ones left out;
+- ``causal_lm``: the same, where the output at a token predicts the next one;
 - ``mse``: the mean over its outputs, as ``torch.nn.functional.mse_loss``;
 - ``bce``: the mean over its outputs, as ``binary_cross_entropy_with_logits``.
+
+Padded tokens, those that ``attention_mask`` excludes, count for nothing in any of them.
 """
 
 from __future__ import annotations
@@ -18,7 +21,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from jaxtyping import Bool, Float
+from torch import Generator, Tensor
 
 from eigendamage.batches import Batch, logits_of, output_tensors
 from eigendamage.errors import LossError, NonFiniteError
@@ -48,14 +52,16 @@ class Head(ABC):
         """
         return output_tensors(output)
 
+    def has_target(self, batch: Batch) -> bool:
+        """Whether the loss of a batch can be measured: whether it has labels."""
+        return batch.target is not None
+
     @abstractmethod
     def per_example(self, output: Any, batch: Batch) -> Tensor:
         """The loss of each example, (n,)."""
 
     @abstractmethod
-    def seeds(
-        self, output: Any, batch: Batch, fisher: Fisher, random: torch.Generator
-    ) -> Iterator[Seed]:
+    def seeds(self, output: Any, batch: Batch, fisher: Fisher, random: Generator) -> Iterator[Seed]:
         """The backward passes that one batch takes.
 
         Raises:
@@ -63,7 +69,7 @@ class Head(ABC):
             NonFiniteError: if the model's output or the loss holds a NaN or an infinity.
         """
 
-    def numbers_drawn(self, output: Any, fisher: Fisher) -> int:
+    def numbers_drawn(self, output: Any, batch: Batch, fisher: Fisher) -> int:
         """How many random numbers `seeds` takes for a batch with this output."""
         return 0
 
@@ -96,9 +102,7 @@ class PredictiveHead(Head):
         expectation over the labels that the model predicts.
         """
 
-    def seeds(
-        self, output: Any, batch: Batch, fisher: Fisher, random: torch.Generator
-    ) -> Iterator[Seed]:
+    def seeds(self, output: Any, batch: Batch, fisher: Fisher, random: Generator) -> Iterator[Seed]:
         logits = logits_of(output)
         if logits.ndim == 0 or logits.shape[0] != batch.size:
             raise LossError(
@@ -128,15 +132,15 @@ class PredictiveHead(Head):
         for index, v in enumerate(cotangents):
             yield Seed(logits, v.to(logits.dtype), more=index + 1 < total)
 
-    def numbers_drawn(self, output: Any, fisher: Fisher) -> int:
-        return self.draws(logits_of(output)) if fisher == "mc" else 0
+    def numbers_drawn(self, output: Any, batch: Batch, fisher: Fisher) -> int:
+        return self.draws(logits_of(output), batch) if fisher == "mc" else 0
 
     @abstractmethod
-    def sampled(self, logits: Tensor, batch: Batch, random: torch.Generator) -> Tensor:
+    def sampled(self, logits: Tensor, batch: Batch, random: Generator) -> Tensor:
         """One cotangent, drawn from the model's own prediction."""
 
     @abstractmethod
-    def draws(self, logits: Tensor) -> int:
+    def draws(self, logits: Tensor, batch: Batch) -> int:
         """How many uniform numbers `sampled` takes, one after another."""
 
     @abstractmethod
@@ -152,18 +156,30 @@ class PredictiveHead(Head):
         """Cotangents whose outer products sum to the Hessian exactly."""
 
 
-def target_of(batch: Batch) -> Tensor:
+def checked(target: Tensor | None) -> Tensor:
     """The labels of a batch.
 
     Raises:
         LossError: if it has none.
         NonFiniteError: if one is NaN or infinite.
     """
-    if batch.target is None:
+    if target is None:
         raise LossError(
             "this needs labels, but the data has none; give (input, label) batches, or use "
             "fisher='mc' (the default) or 'exact', which draw labels from the model itself"
         )
-    if batch.target.is_floating_point() and not bool(torch.isfinite(batch.target).all()):
+    if target.is_floating_point() and not bool(torch.isfinite(target).all()):
         raise NonFiniteError("the labels hold NaN or infinite values; clean the data first")
-    return batch.target
+    return target
+
+
+def uniform_where(wanted: Bool[Tensor, "*shape"], random: Generator) -> Float[Tensor, "*shape"]:
+    """A uniform number in float64 for each place that is wanted, and 0 for the others.
+
+    They are drawn in data order on the CPU: they depend neither on how the data is cut into
+    batches or padded, nor on the device.
+    """
+    places = wanted.cpu()
+    drawn = torch.zeros(wanted.shape, dtype=torch.float64)
+    drawn[places] = torch.rand(int(places.sum()), generator=random, dtype=torch.float64)
+    return drawn.to(wanted.device)

@@ -69,7 +69,7 @@ class Passes:
                 if before_batch is not None:
                     before_batch(examples + sum(batch.size for batch in step[: rank()]))
                 if mine is not None:
-                    capture.expect(mine.size)
+                    capture.expect(mine)
                 output = None if mine is None else call(self._model, mine)
                 with self._own_turn(random, mine, output):
                     for seed in self._seeds(random, mine, output):
@@ -93,7 +93,7 @@ class Passes:
         self, random: torch.Generator, batch: Batch | None, output: Any
     ) -> Generator[None]:
         """Inside, ``random`` is where it would be in one process that had come to this batch."""
-        drawn = 0 if batch is None else self._head.numbers_drawn(output, self._fisher)
+        drawn = 0 if batch is None else self._head.numbers_drawn(output, batch, self._fisher)
         of_all = gathered(drawn)
         advance(random, sum(of_all[: rank()]))
         yield

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from eigendamage.curvature._factors import gram
@@ -127,6 +127,18 @@ class PositionDraws:
             stream.last = first, uniform
             stream.examples = first + examples
         return (stream.last[1] * positions).long().clamp_max(positions - 1)
+
+    def draw_counted(self, layer: str, counted: Bool[Tensor, "n t"]) -> Int[Tensor, " p"]:
+        """The same where some positions do not count, as indices into all n·t of them.
+
+        Each example is drawn from as if it had come alone, without what does not count.
+        """
+        found: list[Tensor] = []
+        for example, mine in enumerate(counted.cpu()):
+            places = example * len(mine) + mine.nonzero()[:, 0]
+            drawn = self.draw(layer, 1, len(places))
+            found.append(places if drawn is None else places[drawn[0]])
+        return torch.cat(found).to(counted.device)
 
     def _stream(self, layer: str) -> _Stream:
         if layer not in self._streams:

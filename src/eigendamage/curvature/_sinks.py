@@ -8,7 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eigendamage.curvature._capture import gradients_by_example, inputs_by_example
+from eigendamage.batches import Batch
+from eigendamage.curvature._capture import (
+    counted_positions,
+    gradients_by_example,
+    inputs_by_example,
+)
 from eigendamage.curvature._ekfac import eigenvalue_sum, gradient_moments, gradient_norms
 from eigendamage.curvature._factors import gram, input_moments
 from eigendamage.curvature._patches import PositionDraws, patch_moments
@@ -92,8 +97,8 @@ class FactorSink:
         self._device = device
         self._patches = patches
 
-    def entered(self, layer: Layer, x: Tensor, examples: int) -> _InputPart:
-        inputs = inputs_by_example(layer, x, examples)
+    def entered(self, layer: Layer, x: Tensor, batch: Batch) -> _InputPart:
+        inputs = inputs_by_example(layer, x, batch)
         channels = input_moments(inputs, layer.geometry, name=layer.name)
         return _InputPart(channels, self._patch_part(layer, inputs))
 
@@ -111,8 +116,8 @@ class FactorSink:
         at = None if draws is None else draws.draw(layer.name, len(inputs), rows * columns)
         return patch_moments(inputs, geometry, at)
 
-    def left(self, layer: Layer, record: _InputPart, g: Tensor, examples: int) -> None:
-        gradient = gradients_by_example(layer, g, examples)
+    def left(self, layer: Layer, record: _InputPart, g: Tensor, batch: Batch) -> None:
+        gradient = gradients_by_example(layer, g, batch)
         sums = self.sums.get(layer.name)
         if sums is None:
             sums = self._empty(layer, gradient)
@@ -121,7 +126,9 @@ class FactorSink:
         if record.channels is not None:
             sums.input += record.channels[0].to(sums.input)
             sums.total += record.channels[1].to(sums.total)
-            sums.positions += examples * gradient.shape[2]
+            counted = counted_positions(layer, batch, gradient.shape[2])
+            every = batch.size * gradient.shape[2]
+            sums.positions += every if counted is None else int(counted.sum())
             record.channels = None
         if record.patches is not None and sums.patches is not None:
             assert sums.patch_total is not None
@@ -176,10 +183,10 @@ class _PairSink:
         self._seen: set[str] = set()
         self._layers: dict[str, Layer] = {}
 
-    def entered(self, layer: Layer, x: Tensor, examples: int) -> _KeptInput:
+    def entered(self, layer: Layer, x: Tensor, batch: Batch) -> _KeptInput:
         return _KeptInput(x, x._version)
 
-    def left(self, layer: Layer, record: _KeptInput, g: Tensor, examples: int) -> None:
+    def left(self, layer: Layer, record: _KeptInput, g: Tensor, batch: Batch) -> None:
         if record.x._version != record.version:
             raise LayerError(
                 layer.name,
@@ -187,8 +194,8 @@ class _PairSink:
                 "lost; use an out-of-place operation there, or eigenvalues='kfac'",
             )
         pair = (
-            inputs_by_example(layer, record.x, examples),
-            gradients_by_example(layer, g, examples),
+            inputs_by_example(layer, record.x, batch),
+            gradients_by_example(layer, g, batch),
         )
         if self._calls[layer.name] > 1:
             self._pending.setdefault(layer.name, []).append(pair)

@@ -143,6 +143,8 @@ def _build(copy: nn.Module, batch: Batch) -> Any:
 def _couplings(graph: Any, copy: nn.Module, roots: Iterable[str]) -> list[Coupling]:
     paths = {id(module): path for path, module in copy.named_modules()}
     paths.update({id(parameter): path for path, parameter in copy.named_parameters()})
+    # No tensor has more channels than all layers together; what is beyond goes in circles.
+    most = sum(max(p.shape, default=0) for p in copy.parameters())
     found: list[Coupling] = []
     done: set[tuple[str, int]] = set()
     for root in roots:
@@ -153,7 +155,7 @@ def _couplings(graph: Any, copy: nn.Module, roots: Iterable[str]) -> list[Coupli
         rows = [row for row in range(width) if (root, row) not in done]
         if not rows:
             continue
-        for coupling in _coupled(graph, paths, root, node, rows):
+        for coupling in _coupled(graph, paths, root, node, rows, most):
             found.append(coupling)
             done.update(
                 (place.path, channel)
@@ -166,18 +168,19 @@ def _couplings(graph: Any, copy: nn.Module, roots: Iterable[str]) -> list[Coupli
 
 
 def _coupled(
-    graph: Any, paths: Mapping[int, str], root: str, node: Any, rows: list[int]
+    graph: Any, paths: Mapping[int, str], root: str, node: Any, rows: list[int], most: int
 ) -> list[Coupling]:
     """What hangs together with some outputs of one layer, split where units are not alike."""
     reached: dict[Place, set[_Index]] = defaultdict(set)
     is_output = False
-    for (target, handler), indices in _closure(graph, node, rows).items():
+    closure = _closure(graph, node, rows, most)
+    for (target, handler), indices in closure.reached.items():
         is_output |= type(target.module).__name__ == "_OutputOp"
         if id(target.module) in paths:
             side = "out" if graph.is_out_channel_pruning_fn(handler) else "in"
             reached[Place(paths[id(target.module)], side)] |= indices
     lost = any(index.root_idx is None for indices in reached.values() for index in indices)  # pyright: ignore[reportUnnecessaryComparison]
-    if lost:
+    if lost or closure.endless:
         return [Coupling(root, dict.fromkeys(reached, ()), is_output, False)]
     alike: dict[tuple[tuple[Place, int], ...], list[dict[Place, list[int]]]] = defaultdict(list)
     for unit in _units(rows, reached):
@@ -193,11 +196,20 @@ def _coupled(
     ]
 
 
-def _closure(graph: Any, node: Any, rows: list[int]) -> dict[tuple[Any, Any], set[_Index]]:
+class _Closure(NamedTuple):
+    """Every (node, pruning function) that was reached, and whether there was no end to it."""
+
+    reached: Mapping[tuple[Any, Any], set[_Index]]
+    endless: bool
+
+
+def _closure(graph: Any, node: Any, rows: list[int], most: int) -> _Closure:
     """Every (node, pruning function) that losing these outputs triggers, with its channels.
 
     The graph's own search for a group compares whole lists of channels and works out all its
     mappings anew each time, which takes minutes on a DenseNet; this one visits a channel once.
+    Where halves of a tensor change places (rotary embeddings) the graph's mappings shift channels
+    further with every round, for ever: an index above ``most`` ends the search.
     """
     start = graph.get_pruner_of_module(node.module).prune_out_channels
     seen: dict[tuple[Any, Any], set[_Index]] = defaultdict(set)
@@ -209,13 +221,15 @@ def _closure(graph: Any, node: Any, rows: list[int]) -> dict[tuple[Any, Any], se
         if not new:
             continue
         known.update(new)
+        if any(index.idx > most for index in new):
+            return _Closure(seen, True)
         for dependency in at.dependencies:
             if dependency.is_triggered_by(handler):
                 mapped: list[Any] = new
                 for mapping in dependency.index_mapping:
                     mapped = mapped if mapping is None else mapping(mapped)
                 stack.append((dependency.target, dependency.handler, mapped))
-    return seen
+    return _Closure(seen, False)
 
 
 def _plain(index: Any) -> _Index:

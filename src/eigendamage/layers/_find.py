@@ -203,6 +203,11 @@ def _why_not(
     if isinstance(module, FactoredConv2d | FactoredLinear):
         return None
     if not isinstance(module, nn.Linear | nn.Conv2d):
+        if kind == "Conv1D" and type(module).__module__.startswith("transformers."):
+            return (
+                "transformers' Conv1D is a Linear layer with its weight transposed; make it one "
+                "with eigendamage.integrations.huggingface.plain_linears(model)"
+            )
         matrix = any(p.ndim >= 2 for p in own.values())
         return f"{kind} is not a Linear or Conv2d" if matrix else f"{kind} has no weight matrix"
     if id(module) in opaque:

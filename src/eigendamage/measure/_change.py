@@ -76,7 +76,7 @@ def predictive_head(loss: Loss) -> PredictiveHead:
     if not isinstance(head, PredictiveHead):
         raise LossError(
             f"the loss {loss_name(loss)} is a function, which tells nothing without labels; use "
-            f"loss='cross_entropy', 'mse' or 'bce'"
+            f"loss='cross_entropy', 'causal_lm', 'mse' or 'bce'"
         )
     return head
 

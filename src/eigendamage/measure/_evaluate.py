@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ class Evaluation:
         loss: mean loss per example, where there are labels.
         accuracy: fraction of right predictions (of all positions with a label), for cross-entropy
             with class labels.
+        positions: how many positions (tokens, pixels) of all examples count, for cross-entropy.
         divergence: mean over examples of the loss's rise if the reference told the truth, where a
             reference was given; KL(reference ‖ model) in nats for cross-entropy.
     """
@@ -41,6 +43,20 @@ class Evaluation:
     loss: float | None
     accuracy: float | None
     divergence: float | None
+    positions: int | None = None
+
+    @property
+    def loss_per_position(self) -> float | None:
+        """The mean loss of a position: of a token, for a language model."""
+        if self.loss is None or not self.positions:
+            return None
+        return self.loss * self.examples / self.positions
+
+    @property
+    def perplexity(self) -> float | None:
+        """The exponential of the mean loss of a position."""
+        loss = self.loss_per_position
+        return None if loss is None else math.exp(loss)
 
 
 def evaluate(
@@ -114,7 +130,7 @@ class _Tally:
 
     def __init__(self, head: Head) -> None:
         self._head = head
-        self._examples = self._right = self._judged = 0
+        self._examples = self._positions = self._right = self._judged = 0
         self._loss = self._divergence = 0.0
         self._labelled = True
         self._compared = False
@@ -125,15 +141,15 @@ class _Tally:
                 "the model's output holds NaN or infinite values although its input is finite"
             )
         self._examples += batch.size
-        self._labelled = self._labelled and batch.target is not None
-        if self._labelled and batch.target is not None:
+        self._labelled = self._labelled and self._head.has_target(batch)
+        if self._labelled:
             self._loss += float(self._head.per_example(output, batch).double().sum())
-            if isinstance(self._head, CrossEntropy) and not batch.target.is_floating_point():
-                logits = logits_of(output)
-                predicted = logits.argmax(1 if logits.ndim > 3 else -1)
-                kept = batch.target >= 0
-                self._right += int(((predicted == batch.target) & kept).sum())
-                self._judged += int(kept.sum())
+        if isinstance(self._head, CrossEntropy):
+            counted, right = self._head.predictions(output, batch)
+            self._positions += counted
+            if right is not None:
+                self._right += right
+                self._judged += counted
         if reference is not None and isinstance(self._head, PredictiveHead):
             self._compared = True
             self._divergence += float(
@@ -147,4 +163,5 @@ class _Tally:
             loss=self._loss / n if self._labelled else None,
             accuracy=self._right / self._judged if self._labelled and self._judged else None,
             divergence=self._divergence / n if self._compared else None,
+            positions=self._positions if isinstance(self._head, CrossEntropy) else None,
         )

@@ -14,17 +14,22 @@ class Measured(Frozen):
         accuracy: fraction of right predictions.
         divergence: mean over examples of KL(original ‖ this) in nats, or what takes its place for
             the loss at hand.
+        perplexity: the exponential of the mean loss of a position (a token); None where an example
+            has one.
     """
 
     loss: float | None = None
     accuracy: float | None = None
     divergence: float | None = None
+    perplexity: float | None = None
 
     @classmethod
     def of(cls, evaluation: Evaluation) -> Measured:
-        """The same without the number of examples."""
+        """The same without the numbers of examples and positions."""
+        by_position = evaluation.positions != evaluation.examples
         return cls(
             loss=evaluation.loss,
             accuracy=evaluation.accuracy,
             divergence=evaluation.divergence,
+            perplexity=evaluation.perplexity if by_position else None,
         )

@@ -75,7 +75,9 @@ def _measured(report: Report) -> Table:
     )
     table = Table(title=f"Measured on {report.measured_examples} examples of {where}")
     table.add_column("")
-    for column in ("accuracy", "loss", "rise of loss", "divergence"):
+    by_token = report.original.perplexity is not None
+    columns = ("accuracy", "loss", "rise of loss", "divergence", *(["perplexity"] * by_token))
+    for column in columns:
         table.add_column(column, justify="right")
     rows: list[tuple[str, Measured | None]] = [
         ("original", report.original),
@@ -93,6 +95,7 @@ def _measured(report: Report) -> Table:
                 number(m.loss),
                 "" if m is report.original else number(report.rise(m)),
                 "" if m is report.original else number(m.divergence),
+                *([number(m.perplexity)] * by_token),
             )
     table.add_section()
     table.add_row("predicted", "", "", number(report.predicted), number(report.predicted))

@@ -30,12 +30,14 @@ class Pair(NamedTuple):
         y: the output of the teacher's layer.
         others: what else goes into the sum that the layer's output goes into, in the student and
             in the teacher; None where that is not known.
+        counted: which of the batch's tokens count; None where all do.
     """
 
     part: int
     x: Tensor
     y: Tensor
     others: tuple[Tensor, Tensor] | None = None
+    counted: Tensor | None = None
 
 
 Steps = Generator[tuple[str, Iterator[Pair]]]
@@ -93,20 +95,23 @@ def together(twins: Twins) -> Steps:
     Only one thread runs at a time. All batches' live activations are in memory.
     """
     same = _surroundings(device_of(twins.teacher))
-    runs: list[tuple[int, Run, Run]] = []
+    runs: list[tuple[int, Tensor | None, Run, Run]] = []
     with watched(twins, twins.layers, keep, wait):
         try:
             for part, batch in twins.batches():
                 student = Run(_forward(twins.student, batch, same))
                 teacher = Run(_forward(twins.teacher, batch, same))
-                runs.append((part, student, teacher))
+                runs.append((part, batch.counted, student, teacher))
             for name in twins.layers:
-                pairs = (_pair(twins, name, part, s.to(name), t.to(name)) for part, s, t in runs)
+                pairs = (
+                    _pair(twins, name, part, counted, s.to(name), t.to(name))
+                    for part, counted, s, t in runs
+                )
                 yield name, pairs
                 for _ in pairs:  # those that were not asked for have to get there as well
                     pass
         finally:
-            end_all([run for _, *both in runs for run in both])
+            end_all([run for _, _, *both in runs for run in both])
 
 
 def anew(twins: Twins) -> Steps:
@@ -122,17 +127,24 @@ def _pairs_anew(
     for part, batch in twins.batches():
         student = until(twins, name, _forward(twins.student, batch, same))
         teacher = until(twins, name, _forward(twins.teacher, batch, same))
-        yield _pair(twins, name, part, student, teacher)
+        yield _pair(twins, name, part, batch.counted, student, teacher)
 
 
-def _pair(twins: Twins, name: str, part: int, student: Passed, teacher: Passed) -> Pair:
+def _pair(
+    twins: Twins,
+    name: str,
+    part: int,
+    counted: Tensor | None,
+    student: Passed,
+    teacher: Passed,
+) -> Pair:
     """What both networks showed.
 
     Raises:
         LayerError: if what the layer's output is added to was not there on this batch.
     """
     if name not in twins.sums:
-        return Pair(part, student.tensor, teacher.tensor)
+        return Pair(part, student.tensor, teacher.tensor, counted=counted)
     if student.other is None or teacher.other is None:
         raise LayerError(
             name,
@@ -140,7 +152,7 @@ def _pair(twins: Twins, name: str, part: int, student: Passed, teacher: Passed) 
             f"on the first; which layers run must be the same for all inputs. Leave it out of "
             f"layers=",
         )
-    return Pair(part, student.tensor, teacher.tensor, (student.other, teacher.other))
+    return Pair(part, student.tensor, teacher.tensor, (student.other, teacher.other), counted)
 
 
 def _forward(

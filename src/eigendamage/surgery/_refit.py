@@ -109,7 +109,7 @@ class Refit:
             self.bias.copy_(fit.bias)
 
     def moments(self, pair: Pair, draws: PositionDraws) -> Moments:
-        """Of one batch, at no more positions than are to be drawn."""
+        """Of one batch, at no more positions than are to be drawn, none of them padded tokens."""
         x = pair.x
         for stage in self.stages[: self.start]:
             x = stage(x)
@@ -118,6 +118,11 @@ class Refit:
         if pair.others is not None and self.unscaled is not None:
             mine, theirs = self._rows(pair.others[0]), self._left(pair.others[1])
             y = y + self.unscaled.to(y)[:, None] * (theirs - mine)
+        counted = pair.counted
+        if counted is not None and self.geometry is None and counted.shape[1] == y.shape[2]:
+            places = draws.draw_counted(self.name, counted)
+            x, y = (v.transpose(1, 2).flatten(0, 1)[places].T.unsqueeze(0) for v in (x, y))
+            return layer_moments(x, y, None, None, name=self.name)
         at = draws.draw(self.name, len(y), y.shape[2])
         return layer_moments(x, y, self.geometry, at, name=self.name)
 

@@ -58,13 +58,13 @@ class Objective:
         self._check(batch)
         with _watched(model, self._features) as mine:
             output = call(model, batch)
-        by_labels = batch.target is not None and self._label_share == 1 and not self._features
+        by_labels = self._head.has_target(batch) and self._label_share == 1 and not self._features
         if self._original is None or by_labels:
             return self._labels(output, batch)
         with torch.no_grad(), _watched(self._original, self._features) as its:
             target = logits_of(call(self._original, batch))
         loss = self._distillation(target, output, batch)
-        if batch.target is not None and self._label_share > 0:
+        if self._head.has_target(batch) and self._label_share > 0:
             share = self._label_share
             loss = share * self._labels(output, batch) + (1 - share) * loss
         if self._features:
@@ -78,7 +78,7 @@ class Objective:
         """
         self._check(batch)
         output = call(model, batch)
-        if batch.target is not None and (self._original is None or self._label_share > 0):
+        if self._head.has_target(batch) and (self._original is None or self._label_share > 0):
             return self._head.per_example(output, batch).sum(), self._terms(output, batch)
         assert self._original is not None
         assert isinstance(self._head, PredictiveHead)
@@ -87,7 +87,7 @@ class Objective:
         return divergence.sum(), self._terms(output, batch)
 
     def _check(self, batch: Batch) -> None:
-        if batch.target is None and self._original is None:
+        if not self._head.has_target(batch) and self._original is None:
             raise DataError(
                 "training without labels needs the original to learn from: give original=, or "
                 "(input, label) batches"

@@ -1,0 +1,154 @@
+"""Hugging Face transformers: models with plain Linear layers, batches of tokens, embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from importlib import import_module
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from eigendamage.errors import DataError, EigenDamageError
+from eigendamage.layers import copy_model
+
+TokenBatch = dict[str, Tensor]
+"""``input_ids`` and ``attention_mask``, both (batch, tokens) of int64."""
+
+
+def plain_linears(model: nn.Module) -> nn.Module:
+    """A copy of a model in which GPT-2's ``Conv1D`` layers are ``nn.Linear`` with equal outputs.
+
+    ``Conv1D`` is a Linear layer that stores its weight transposed; everything else of the library
+    knows Linear alone. Dotted paths stay. Without a ``Conv1D`` it is a plain copy.
+
+    Raises:
+        EigenDamageError: if transformers is not installed, or the model is a lone ``Conv1D``.
+    """
+    conv1d = _conv1d()
+    if isinstance(model, conv1d):
+        raise EigenDamageError("the model is a single Conv1D; give the model that it is a part of")
+    copy = copy_model(model)
+    found = [(path, m) for path, m in copy.named_modules() if isinstance(m, conv1d)]
+    for path, module in found:
+        parent, _, name = path.rpartition(".")
+        setattr(copy.get_submodule(parent), name, _as_linear(module))
+    return copy
+
+
+def text_batches(
+    tokenizer: Any, texts: Iterable[str], *, length: int, batch_size: int
+) -> list[TokenBatch]:
+    """Texts as padded batches, in their order, each text one example.
+
+    Args:
+        tokenizer: of transformers. Special tokens are added as it does by default. If it has no
+            token for padding, token 0 takes its place, which the mask excludes.
+        texts: one example each; longer ones are cut.
+        length: the most tokens of an example.
+        batch_size: examples a batch. Each batch is padded on the right to its longest.
+
+    Raises:
+        DataError: if there is no text, or one without a token.
+    """
+    _require_positive(length=length, batch_size=batch_size)
+    rows: list[list[int]] = [
+        tokenizer(text, truncation=True, max_length=length)["input_ids"] for text in texts
+    ]
+    if not rows:
+        raise DataError("there is no text to make batches of")
+    for index, row in enumerate(rows):
+        if not row:
+            raise DataError(f"text {index} has no token; leave out empty texts")
+    padding = getattr(tokenizer, "pad_token_id", None) or 0
+    return [
+        _padded(rows[start : start + batch_size], padding)
+        for start in range(0, len(rows), batch_size)
+    ]
+
+
+def block_batches(tokenizer: Any, text: str, *, length: int, batch_size: int) -> list[TokenBatch]:
+    """One long text in blocks of a fixed number of tokens, without padding and special tokens.
+
+    What is left at the end, less than a block, is dropped.
+
+    Args:
+        tokenizer: of transformers.
+        text: any text.
+        length: tokens of a block, which is one example.
+        batch_size: examples a batch; the last may have fewer.
+
+    Raises:
+        DataError: if the text has fewer tokens than one block.
+    """
+    _require_positive(length=length, batch_size=batch_size)
+    # Without a warning that the whole is longer than the model can read: it reads blocks.
+    encoded = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = torch.tensor(encoded, dtype=torch.int64)
+    blocks = ids[: len(ids) // length * length].reshape(-1, length)
+    if not len(blocks):
+        raise DataError(f"the text has {len(ids)} tokens, fewer than one block of {length}")
+    return [
+        {"input_ids": part, "attention_mask": torch.ones_like(part)}
+        for part in blocks.split(batch_size)
+    ]
+
+
+class MeanPooled(nn.Module):
+    """An encoder without a head, as a model whose output is one embedding a text.
+
+    The mean of the last hidden states over the tokens that are not padding, (batch, width). With
+    it ``loss="mse"`` compresses an encoder without labels; the layers' paths start with
+    ``encoder.``, and ``.encoder`` of the compressed model is the smaller encoder.
+    """
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None
+    ) -> Float[Tensor, "n d"]:
+        """The embeddings of a batch of token ids."""
+        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        if attention_mask is None:
+            return hidden.mean(1)
+        weight = attention_mask.to(hidden.dtype).unsqueeze(-1)
+        return (hidden * weight).sum(1) / weight.sum(1).clamp_min(1)
+
+
+def _conv1d() -> type[nn.Module]:
+    try:
+        return import_module("transformers.pytorch_utils").Conv1D
+    except ImportError as error:
+        raise EigenDamageError(
+            "transformers is not installed; pip install 'eigendamage[huggingface]'"
+        ) from error
+
+
+def _as_linear(module: Any) -> nn.Linear:
+    inputs, outputs = module.weight.shape
+    # On no device: the weights that it would be given at random are not wanted.
+    linear = nn.Linear(inputs, outputs, device="meta")
+    linear.weight = nn.Parameter(
+        module.weight.detach().T.contiguous(), requires_grad=module.weight.requires_grad
+    )
+    linear.bias = module.bias
+    return linear.train(module.training)
+
+
+def _padded(rows: Sequence[list[int]], padding: int) -> TokenBatch:
+    longest = max(map(len, rows))
+    ids = torch.full((len(rows), longest), padding, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for n, row in enumerate(rows):
+        ids[n, : len(row)] = torch.tensor(row)
+        mask[n, : len(row)] = 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def _require_positive(**counts: int) -> None:
+    for name, count in counts.items():
+        if count < 1:
+            raise DataError(f"{name} is {count}; it must be at least 1")
