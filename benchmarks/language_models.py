@@ -21,7 +21,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -30,14 +30,21 @@ from recording import add_row
 from torch import Tensor, nn
 
 import eigendamage as ed
-from eigendamage.batches import Batches
-from eigendamage.curvature import head_of
 from eigendamage.integrations.huggingface import TokenBatch, plain_linears, text_batches
 from eigendamage.layers import copy_model
 
 SIZES = (0.9, 0.8, 0.7, 0.6, 0.5)
 COMMAND = "python benchmarks/language_models.py stories|characters --model FOLDER --text TEXT …"
-DISTILLED = {"epochs": 1, "learning_rate": 1e-3, "optimizer": "AdamW, one cycle"}
+DISTILLED = ed.FinetuneConfig(
+    epochs=1,
+    optimizer="adamw",
+    learning_rate=1e-3,
+    weight_decay=0.0,
+    clip=1.0,
+    temperature=1.0,
+    label_share=0.0,
+    held_out=0.0,
+)
 LENGTH = 256
 
 
@@ -238,26 +245,12 @@ def candidates(
 
 
 def distilled(case: Case, small: nn.Module) -> nn.Module:
-    """KL from the original on the calibration text, without labels."""
+    """KL from the original on the calibration text, without labels; the same for all."""
     small = copy_model(small)
-    head = head_of("causal_lm")
-    steps = DISTILLED["epochs"] * len(case.calibration)
-    optimizer = torch.optim.AdamW(small.parameters(), DISTILLED["learning_rate"], weight_decay=0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, DISTILLED["learning_rate"], total_steps=steps
+    ed.finetune(
+        small, case.calibration, DISTILLED, original=case.model, loss="causal_lm", progress=False
     )
-    for _ in range(DISTILLED["epochs"]):
-        for batch in Batches(case.calibration, torch.device("cpu")):
-            with torch.no_grad():
-                truth = case.model(**batch.kwargs).logits
-            loss = head.divergence(truth, small(**batch.kwargs).logits, batch).sum()
-            counted, _ = head.predictions(truth, batch)
-            optimizer.zero_grad()
-            (loss / counted).backward()
-            nn.utils.clip_grad_norm_(small.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-    return small.eval()
+    return small
 
 
 def per_token(model: nn.Module, case: Case) -> float:
@@ -280,6 +273,8 @@ def curvature_of(case: Case) -> ed.Curvature:
 def run(
     case: Case, sizes: Sequence[float], distil_at: Sequence[float], methods: str, out: Path
 ) -> None:
+    said = {k: v for k, v in asdict(DISTILLED).items() if k in ("epochs", "learning_rate", "clip")}
+    said["optimizer"] = "AdamW, one cycle"
     base = per_token(case.model, case)
     curvature = curvature_of(case)
     layers = sum(W.numel() for W in weights_of(case.model, curvature).values())
@@ -309,7 +304,7 @@ def run(
                 "seconds": round(seconds, 1),
             }
             print(row, flush=True)
-            head = {"command": COMMAND, "distilled": DISTILLED}
+            head = {"command": COMMAND, "distilled": said}
             add_row(out, head, row, ("model", "size", "method"))
 
 

@@ -272,6 +272,46 @@ def auto_cifar10(results: Mapping[str, Any]) -> str:
     return table((*header, *truth, *apart), rows)
 
 
+def training_cifar10(results: Mapping[str, Any]) -> str:
+    """What a polish and two epochs gave back: means over the seeds, and the range."""
+    rows = results["rows"]
+    groups: dict[tuple[str, float], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["network"], row["budget"]), []).append(row)
+    lines = []
+    for (network, budget), found in groups.items():
+        trained = [row["trained"] for row in found if row["trained"] is not None]
+        lines.append(
+            [
+                network,
+                percent(budget),
+                percent(statistics.mean(row["base"] for row in found)),
+                spread([row["repaired"] for row in found]),
+                spread([row["polished"] or row["repaired"] for row in found]),
+                f"{statistics.mean(row['polish_seconds'] for row in found):.0f} s",
+                spread(trained) if trained else "–",
+                str(len(found)),
+            ]
+        )
+    header = ["network", "MACs left", "original", "repaired", "polished", "in", "trained", "seeds"]
+    first = rows[0]
+    return (
+        f"{table(header, lines)}\n\nAccuracy on the whole test split of CIFAR-10: means over the "
+        f"seeds, and their range. Polished: 10 passes over {results['examples']:,} images without "
+        f"labels, crops and flips. Trained: from there, two epochs over the training images less a "
+        f"tenth, on labels and distillation. `{results['command']}`; {words_of(first['machine'])}; "
+        f"{words_of(first['versions'])}."
+    )
+
+
+def spread(values: Sequence[float]) -> str:
+    """The mean, and the range where there are several."""
+    mean = f"{100 * statistics.mean(values):.2f} %"
+    if len(values) == 1:
+        return mean
+    return f"{mean} ({100 * min(values):.2f} to {100 * max(values):.2f} %)"
+
+
 def planning(results: Mapping[str, Any]) -> str:
     """What planning a large network takes."""
     rows: list[list[str]] = []
@@ -439,7 +479,8 @@ def words_of(item: object) -> str:
 
 def language_models(results: Mapping[str, Any]) -> str:
     rows = []
-    for row in results["rows"]:
+    by_loss = sorted(results["rows"], key=lambda r: (r["model"], -r["size"], r["loss"]))
+    for row in by_loss:
         distilled = row["distilled"]
         rows.append(
             [
@@ -481,6 +522,7 @@ TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "resnet20-cifar10": ("resnet20_cifar10.json", resnet20_cifar10),
     "auto-cifar10": ("auto_cifar10.json", auto_cifar10),
     "planning": ("planning.json", planning),
+    "training-cifar10": ("training_cifar10.json", training_cifar10),
     "curvature-memory": ("curvature_memory.json", curvature_memory),
     "latency-budgets": ("latency_budgets.json", latency_budgets),
     "compare": ("compare.json", compare),

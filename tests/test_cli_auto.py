@@ -108,7 +108,7 @@ def _rows(output: str) -> dict[str, list[str]]:
 
 
 def test_compress_without_repair_recalibrates_unless_told_not_to() -> None:
-    options = ["--bytes", "0.7", "--no-repair", *_FEW, "--quiet"]
+    options = ["--bytes", "0.7", "--no-repair", "--polish", "0", *_FEW, "--quiet"]
     _went_well(_run("compress", *options))
     report = ed.Report.load("out/report.json")
     assert report.budget == "bytes 0.7"

@@ -452,4 +452,4 @@ def test_finetuning_lowers_the_loss_and_keeps_modes() -> None:
     assert after < before
     assert not small.training
     with pytest.raises(ed.DataError, match="labels"):
-        ed.finetune(small, [train.images[:4]], progress=False)
+        ed.finetune(small, [train.images[:4]] * 4, progress=False)

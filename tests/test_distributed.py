@@ -252,9 +252,9 @@ def images():
 def test_torchrun_writes_the_plan_of_one_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "mine.py").write_text(MODULE)
+    (tmp_path / "of_ranks.py").write_text(MODULE)
     arguments = [
-        "compress", "--model", "mine:net", "--data", "mine:images",
+        "compress", "--model", "of_ranks:net", "--data", "of_ranks:images",
         "--macs", "0.6", "--no-calibrate", "--no-repair",
     ]  # fmt: skip
     torchrun = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -375,3 +376,15 @@ def test_nothing_to_train_is_refused() -> None:
         ed.finetune(model, loader(), progress=False)
     with pytest.raises(ed.LossError, match="can only be distilled"):
         ed.finetune(network(), loader(), original=network(1), loss=F.cross_entropy, progress=False)
+
+
+def test_mixed_precision_ends_near_full_precision() -> None:
+    full, mixed = network(), network()
+    config = ed.FinetuneConfig(epochs=3, learning_rate=0.05)
+    expected = ed.finetune(full, loader(), config, progress=False)
+    done = ed.finetune(mixed, loader(), replace(config, precision="bf16"), progress=False)
+    assert mixed[0].weight.dtype == torch.float32
+    assert done.losses != expected.losses
+    assert done.losses == pytest.approx(expected.losses, rel=0.05)
+    with pytest.raises(ed.EigenDamageError, match="'fp16' needs a GPU"):
+        ed.finetune(full, loader(), replace(config, precision="fp16"), progress=False)

@@ -99,6 +99,9 @@ def compress_command(
     latency_batch: int = typer.Option(1, help="Images a call where latency is measured."),
     examples: int = typer.Option(2000, help="The most images to take the curvature on."),
     test_examples: int | None = typer.Option(None, help="The most images to measure on."),
+    max_memory: str | None = typer.Option(
+        None, help="What the sums of the curvature's passes may take, such as 2GB."
+    ),
     batch_size: int = typer.Option(128, help="Images a batch."),
     recalibrate: bool | None = typer.Option(
         None,
@@ -160,6 +163,7 @@ def compress_command(
         directory=out / "rounds" if epochs else None,
         latency_batch=latency_batch,
         max_examples=examples,
+        max_memory=max_memory,
         recalibrate=recalibrate,
         seed=seed,
         progress=not quiet,

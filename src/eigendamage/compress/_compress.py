@@ -61,6 +61,7 @@ def compress(
     directory: str | Path | None = None,
     latency_batch: int = 1,
     max_examples: int | None = None,
+    max_memory: int | str | None = None,
     recalibrate: bool | None = None,
     calibration_examples: int | None = None,
     reduction: Literal["mean", "sum"] = "mean",
@@ -119,6 +120,8 @@ def compress(
             weights.
         latency_batch: examples a call where latency is measured.
         max_examples: the most examples of ``data`` to use.
+        max_memory: what the sums of the curvature's passes may take, in bytes or as ``"2GB"``; see
+            `estimate_curvature`.
         recalibrate: measure batch norm's statistics again on ``data``, without labels. By default
             where nothing is repaired; after a repair it makes most models worse.
         calibration_examples: how many examples the table of Fisher traces is made of; 0 for none,
@@ -161,6 +164,7 @@ def compress(
         back=False,
         latency_batch=latency_batch,
         max_examples=max_examples,
+        max_memory=max_memory,
         recalibrate=recalibrate,
         calibration_examples=calibration_examples,
         reduction=reduction,

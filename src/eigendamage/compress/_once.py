@@ -186,6 +186,7 @@ def _prepared(model: nn.Module, data: Data, options: Options) -> Preparation:
         polish=options.polish is not None,
         latency_batch=options.latency_batch,
         max_examples=options.max_examples,
+        max_memory=options.max_memory,
         reduction=options.reduction,
         seed=options.seed,
         progress=options.progress,

@@ -61,6 +61,7 @@ class Preparation:
         timing: how latency is measured.
         timed: whether a budget asks for it.
         max_examples: the most examples of ``data`` to use.
+        max_memory: what the sums of the curvature's passes may take.
         notes: what a user should know of it; grows along the way.
     """
 
@@ -74,6 +75,7 @@ class Preparation:
     timing: Timing
     timed: bool
     max_examples: int | None
+    max_memory: int | str | None
     notes: list[str] = field(default_factory=list[str])
 
     @property
@@ -113,6 +115,7 @@ class Preparation:
             eigenvalues=self.eigenvalues,
             ignore=ignore,
             max_examples=self.max_examples if parts is None else None,
+            max_memory=self.max_memory,
             also=also,
             reduction=settings.reduction,
             seed=settings.seed,
@@ -182,6 +185,7 @@ def prepared(
     polish: bool,
     latency_batch: int,
     max_examples: int | None,
+    max_memory: int | str | None,
     reduction: Literal["mean", "sum"],
     seed: int,
     progress: bool,
@@ -241,6 +245,7 @@ def prepared(
         timing=Timing(data, latency_batch),
         timed=timed,
         max_examples=max_examples,
+        max_memory=max_memory,
         notes=[] if predictive or not auto else [_NOT_PREDICTIVE],
     )
 

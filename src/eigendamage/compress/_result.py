@@ -65,6 +65,7 @@ class Options:
     back: bool  # whether a shot that makes it worse is taken back
     latency_batch: int
     max_examples: int | None
+    max_memory: int | str | None
     recalibrate: bool | None
     calibration_examples: int | None
     reduction: Literal["mean", "sum"]

@@ -127,6 +127,7 @@ def sweep(
         polish=False,
         latency_batch=latency_batch,
         max_examples=max_examples,
+        max_memory=None,
         reduction=reduction,
         seed=seed,
         progress=progress,

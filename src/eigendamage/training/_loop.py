@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR
 
 from eigendamage.batches import Batch
 from eigendamage.distributed import from_first, summed, with_first_state, world
-from eigendamage.errors import NonFiniteError
+from eigendamage.errors import EigenDamageError, NonFiniteError
 from eigendamage.progress import track
 from eigendamage.training._checkpoint import Checkpoint, random_state, restore_random_state
 from eigendamage.training._config import FinetuneConfig
@@ -82,6 +82,9 @@ def train(
 @contextmanager
 def _accelerator(config: FinetuneConfig, device: torch.device) -> Generator[Accelerator]:
     """An accelerator of our own; a user's keeps its settings, which accelerate shares by class."""
+    if config.precision == "fp16" and device.type == "cpu":
+        # accelerate would train in full precision without a word.
+        raise EigenDamageError("precision 'fp16' needs a GPU; on the CPU give 'bf16' or 'no'")
     shared: list[dict[str, Any]] = [
         state._shared_state  # pyright: ignore[reportPrivateUsage]
         for state in (AcceleratorState, GradientState, PartialState)

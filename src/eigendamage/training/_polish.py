@@ -38,7 +38,7 @@ class PolishConfig:
 
     passes: int = 10
     batch_size: int = 64
-    learning_rate: float = 0.01
+    learning_rate: float = 6e-4
     momentum: float = 0.9
     clip: float | None = None
     temperature: float = 4.0
