@@ -274,6 +274,102 @@ def auto_cifar10(results: Mapping[str, Any]) -> str:
 
 def training_cifar10(results: Mapping[str, Any]) -> str:
     """What a polish and two epochs gave back: means over the seeds, and the range."""
+    groups: dict[tuple[str, str, float], list[Mapping[str, Any]]] = {}
+    for row in results["rows"]:
+        groups.setdefault((row["kind"], row["network"], row["budget"]), []).append(row)
+    lines = [
+        [
+            network,
+            kind,
+            percent(budget),
+            percent(statistics.mean(row["base"] for row in found)),
+            spread([row["repaired"] for row in found]),
+            spread([row["accuracy"] for row in found]),
+            f"{statistics.mean(row['seconds'] for row in found):.0f} s",
+            str(len(found)),
+        ]
+        for (kind, network, budget), found in groups.items()
+    ]
+    header = ["network", "then", "MACs left", "original", "repaired", "after", "took", "seeds"]
+    carried = sorted({row["recorded"] for row in results["rows"] if "recorded" in row})
+    first = results["rows"][0]
+    return (
+        f"{table(header, lines, words=2)}\n\nAccuracy on the whole test split of CIFAR-10: means "
+        f"over the seeds, and their range. Polished: 10 passes over {results['examples']:,} images "
+        f"without labels, crops and flips. Trained: two epochs over the training images less a "
+        f"tenth, on labels and distillation. `{results['command']}`; "
+        f"{words_of(first['machine'])}, busy with other work; {words_of(first['versions'])}. Some "
+        f"rows are {'; others '.join(carried)}."
+    )
+
+
+def spread(key: str, show: Callable[[float | None], str], group: Any = group) -> str:
+            values = [row[key] for row in group if row.get(key) is not None]
+            if not values:
+                return "–"
+            mean = show(sum(values) / len(values))
+            if len(values) == 1 or show(min(values)) == show(max(values)):
+                return mean
+            return f"{mean} ({show(min(values)).removesuffix(' %')} to {show(max(values))})"
+
+        rows.append(
+            [
+                percent(budget),
+                method,
+                spread("parameters", percent),
+                spread("accuracy_after_surgery", percent),
+                spread("accuracy_recalibrated", percent),
+                spread("predicted", short),
+                spread("measured_rise", short),
+            ]
+        )
+    header = [
+        "MACs allowed",
+        "method",
+        "parameters left",
+        "accuracy right after",
+        "batch norm recalibrated",
+        "predicted rise of loss",
+        "measured, recalibrated",
+    ]
+    return (
+        f"{table(header, rows, words=2)}\n\nMean over seeds {words_of(results['seed'])} and the "
+        f"range. `{results['command'].strip()}`; {words_of(results['machine'])}; "
+        f"{words_of(results['versions'])}."
+    )
+
+
+def auto_cifar10(results: Mapping[str, Any]) -> str:
+    """Accuracy of `compress` as it comes, and what was predicted of it."""
+    rows: list[list[str]] = []
+    for row in results["rows"]:
+        calibrated, measured = row["calibrated"], row["held_out_repaired"]
+        rows.append(
+            [
+                f"{row['network']}, seed {row['seed']}",
+                percent(row["macs"]),
+                percent(row["base"]),
+                percent(row["cut"]),
+                percent(row["repaired"]),
+                short(row["quadratic"]),
+                short(row["held_out_cut"]),
+                short(row["priced"]),
+                short(calibrated),
+                short(measured),
+                f"{measured / calibrated:.2f} ×",
+                short(row["divergence"]),
+                f"{row['divergence'] / calibrated:.2f} ×",
+                f"{row['seconds']:.0f} ({row['machine']['threads']})",
+            ]
+        )
+    header = ("network", "MACs left", "accuracy before", "right after", "repaired")
+    truth = ("quadratic", "measured right after", "priced", "calibrated", "measured repaired")
+    apart = ("to calibrated", "on the test split", "to calibrated", "seconds (threads)")
+    return table((*header, *truth, *apart), rows)
+
+
+def training_cifar10(results: Mapping[str, Any]) -> str:
+    """What a polish and two epochs gave back: means over the seeds, and the range."""
     rows = results["rows"]
     groups: dict[tuple[str, float], list[Mapping[str, Any]]] = {}
     for row in rows:

@@ -104,7 +104,7 @@ class Batches:
     def __init__(self, data: Data, device: torch.device, limit: int | None = None) -> None:
         if limit is not None and limit < 1:
             raise DataError(f"max_examples is {limit}; at least one example is needed")
-        self._source = _as_iterable(data)
+        self._source = iterable_of(data)
         self._device = device
         self._limit = limit
 
@@ -145,7 +145,12 @@ class Batches:
             return 0
 
 
-def _as_iterable(data: Data) -> Iterable[Any]:
+def iterable_of(data: Data) -> Iterable[Any]:
+    """What a user calls data as batches: a lone batch as one, a dataset by a loader.
+
+    Raises:
+        DataError: if it is nothing of the kind.
+    """
     if isinstance(data, Tensor | Mapping):
         return [data]
     if _is_input_label_pair(data):

@@ -339,7 +339,7 @@ def test_a_state_of_another_run_is_refused(tmp_path: Path) -> None:
             checkpoint=file,
             progress=False,
         )
-    with pytest.raises(ed.MismatchError, match="weights was"):
+    with pytest.raises(ed.MismatchError, match="the weights was"):
         ed.finetune(network(1), loader(), checkpoint=file, progress=False)
     file.write_bytes(b"no state")
     with pytest.raises(ed.FileFormatError, match="not the state of a training run"):
@@ -388,3 +388,86 @@ def test_mixed_precision_ends_near_full_precision() -> None:
     assert done.losses == pytest.approx(expected.losses, rel=0.05)
     with pytest.raises(ed.EigenDamageError, match="'fp16' needs a GPU"):
         ed.finetune(full, loader(), replace(config, precision="fp16"), progress=False)
+
+
+def test_the_start_competes_only_where_nobody_has_seen_the_answers() -> None:
+    original, model = network(0), network(0)
+    config = ed.FinetuneConfig(epochs=2, learning_rate=0.5, schedule="constant")
+    without = ed.finetune(model, loader(labels=False), config, original=original, progress=False)
+    assert without.scores[0] == pytest.approx(0.0, abs=1e-9)
+    assert without.best == 0
+    assert same(model, original)
+    assert ed.finetune(network(), loader(), config, progress=False).best >= 1
+
+
+def test_an_average_of_the_weights_is_what_is_kept() -> None:
+    x, y = images(32)
+    data = [(x[i : i + 8], y[i : i + 8]) for i in range(0, 32, 8)]
+    model = nn.Sequential(nn.Flatten(), nn.Linear(36, 3))
+    config = ed.FinetuneConfig(
+        epochs=1, schedule="constant", learning_rate=0.1, momentum=0.0, weight_decay=0.0,
+        held_out=0.0, average=0.5,
+    )  # fmt: skip
+    mean = model[1].weight.detach().clone()
+    slow = copy.deepcopy(model)
+    for inputs, labels in data:
+        slow.zero_grad()
+        F.cross_entropy(slow(inputs), labels).backward()
+        with torch.no_grad():
+            for parameter in slow.parameters():
+                parameter.sub_(0.1 * parameter.grad)  # type: ignore[operator]
+        mean = 0.5 * mean + 0.5 * slow[1].weight.detach()
+    ed.finetune(model, data, config, progress=False)
+    torch.testing.assert_close(model[1].weight.detach(), mean)
+
+
+def test_weights_that_are_lost_in_the_last_step_are_noticed() -> None:
+    model = network()
+    before = copy.deepcopy(model)
+    config = ed.FinetuneConfig(
+        held_out=0.0, schedule="constant", learning_rate=1e38, weight_decay=10.0
+    )
+    with pytest.raises(ed.NonFiniteError, match="lower the learning rate"):
+        ed.finetune(model, [images()], config, progress=False)
+    assert same(model, before)
+
+
+def test_padding_has_no_part_in_features() -> None:
+    torch.manual_seed(0)
+    original, model = (nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3)).double() for _ in range(2))
+    x = torch.randn(2, 5, 4, dtype=torch.float64)
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+
+    class Called(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+            return self.inner(x)
+
+    def loss(inputs: Tensor) -> Tensor:
+        objective = Objective(head_of("cross_entropy"), Called(original), features=("inner.0",))
+        batch = as_batch({"x": inputs, "attention_mask": mask}, 0, CPU)
+        return objective(Called(model), batch)
+
+    other = x.clone()
+    other[0, 3:] = 100.0
+    torch.testing.assert_close(loss(x), loss(other))
+
+
+def test_other_data_is_another_run(tmp_path: Path) -> None:
+    file, config = tmp_path / "state.pt", ed.FinetuneConfig(held_out=0.0)
+    x, y = images()
+
+    def run(shift: float, **options: Any) -> None:
+        data = [(x[i : i + 8] + shift, y[i : i + 8]) for i in range(0, 48, 8)]
+        ed.finetune(network(), data, config, checkpoint=file, progress=False, **options)
+
+    run(0.0)
+    with pytest.raises(ed.MismatchError, match="the first batch was"):
+        run(1.0)
+    with pytest.raises(ed.MismatchError, match="the original's weights was none"):
+        run(0.0, original=network(1))
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        ed.finetune(network(), [(x, y)], config, checkpoint=tmp_path / "no" / "s", progress=False)

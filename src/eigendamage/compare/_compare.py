@@ -42,7 +42,7 @@ def compare(
     unit: Unit = "macs",
     train_data: Callable[[], Iterable[Any]] | None = None,
     epochs: int = 0,
-    learning_rate: float = FinetuneConfig.learning_rate,
+    learning_rate: float = 0.02,
     fisher: Fisher = "mc",
     max_examples: int | None = None,
     measured_on: str = "eval_data",

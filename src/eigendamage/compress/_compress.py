@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from eigendamage.batches import Data
+from eigendamage.batches import Data, iterable_of
 from eigendamage.compress._once import check, once
 from eigendamage.compress._result import Compressed, Options
 from eigendamage.compress._rounds import RoundTraining, in_rounds
@@ -25,7 +25,7 @@ from eigendamage.plan import (
     RankBy,
     method_named,
 )
-from eigendamage.training import FinetuneConfig, PolishConfig
+from eigendamage.training import FinetuneConfig, PolishConfig, length_of
 
 
 @one_fate
@@ -102,8 +102,8 @@ def compress(
             alone. By default where the loss has a divergence.
         repair: whether changed layers are refitted, without labels, to return what the original's
             return. By default for ``auto`` alone.
-        polish: passes of label-free distillation over ``data`` at the end, the tenth held out
-            choosing the best one (see `PolishConfig`); 0 for none.
+        polish: passes of label-free distillation over ``data`` at the end of every round, before
+            its training, the tenth held out choosing the best one (see `PolishConfig`); 0 for none.
         shots: for ``auto``: split the budget into so many steps, each with curvature and repair of
             its own.
         rounds: the same for every method, each with ``epochs`` of training at its end, and with its
@@ -157,9 +157,7 @@ def compress(
         refine=refine,
         calibrate=calibrate,
         repair=repair,
-        polish=PolishConfig(passes=polish)
-        if polish and isinstance(polish, int)
-        else polish or None,
+        polish=_polish(polish),
         shots=shots,
         back=False,
         latency_batch=latency_batch,
@@ -172,20 +170,28 @@ def compress(
         progress=progress,
     )
     check(options)
+    if options.polish is not None:
+        options.polish.training(seed)
     auto = isinstance(method_named(method), AutoMethod)
     _check_steps(shots, rounds, epochs, auto, budget)
+    if epochs == 0 and (train_data is not None or finetuning is not None):
+        raise EigenDamageError("train_data and finetuning are for training; give epochs=")
     if epochs == 0 and (auto or rounds == 1):
-        if train_data is not None or finetuning is not None or directory is not None:
-            raise EigenDamageError(
-                "train_data, finetuning and directory are for rounds with training; give epochs="
-            )
+        if directory is not None:
+            raise EigenDamageError("a directory is for rounds with training; give epochs=")
         options = replace(options, shots=max(shots, rounds), back=rounds > 1)
         return once(model, data, options, eval_data=eval_data, curvature=curvature)
     # One view of the data for all rounds: a generator is used up by the first.
     data = list(data) if isinstance(data, Iterator) else data
     training = None
     if epochs:
-        config = replace(finetuning or FinetuneConfig(), epochs=epochs)
+        if finetuning is not None and finetuning.epochs not in (1, epochs):
+            raise EigenDamageError(
+                f"epochs is {epochs} and finetuning.epochs {finetuning.epochs}; give it once"
+            )
+        config = replace(finetuning or FinetuneConfig(seed=seed), epochs=epochs)
+        config.check()
+        length_of(iterable_of(data if train_data is None else train_data))
         training = RoundTraining(data if train_data is None else train_data, config)
     return in_rounds(
         model,
@@ -199,10 +205,27 @@ def compress(
     )
 
 
+def _polish(wanted: int | PolishConfig) -> PolishConfig | None:
+    """How to polish; None for not at all.
+
+    Raises:
+        EigenDamageError: if the number of passes is none.
+    """
+    if isinstance(wanted, PolishConfig):
+        return wanted
+    if isinstance(wanted, bool) or not isinstance(wanted, int) or wanted < 0:  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise EigenDamageError(
+            f"polish is {wanted!r}; expected a number of passes, 0 for none, or a PolishConfig"
+        )
+    return PolishConfig(passes=wanted) if wanted else None
+
+
 def _check_steps(shots: int, rounds: int, epochs: int, auto: bool, budget: Budget) -> None:
     for what, value, least in (("shots", shots, 1), ("rounds", rounds, 1), ("epochs", epochs, 0)):
-        if value < least:
-            raise EigenDamageError(f"{what} is {value}; it must be at least {least}")
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise EigenDamageError(
+                f"{what} is {value!r}; it must be a whole number, at least {least}"
+            )
     if shots > 1 and rounds > 1:
         raise EigenDamageError("give shots or rounds, not both")
     if budget.loss is not None and max(shots, rounds) > 1:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
+from time import perf_counter
+from types import FunctionType
 from typing import Any, Literal
 
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from eigendamage.batches import Data
+from eigendamage.batches import Batches, Data, device_of
 from eigendamage.compress._once import Before, once
 from eigendamage.compress._result import Compressed, Options
 from eigendamage.curvature import Curvature, load_curvature, save_curvature
@@ -23,7 +25,7 @@ from eigendamage.measure import evaluate
 from eigendamage.plan import Plan
 from eigendamage.report import Measured, Report, RoundReport, TrainingReport
 from eigendamage.surgery import apply_plan
-from eigendamage.training import FinetuneConfig, digest, finetune
+from eigendamage.training import FinetuneConfig, batch_digest, digest, finetune
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +75,7 @@ def in_rounds(
         MismatchError: if the folder holds rounds of another call.
     """
     if directory is not None:
-        decided(partial(_claim, directory, model, options, rounds, training))
+        decided(partial(_claim, directory, model, data, options, rounds, training))
     current, plans = model, []
     reports: list[RoundReport] = []
     result: Compressed | None = None
@@ -109,8 +111,10 @@ def in_rounds(
             left["latency"] = left.get("latency", 1.0) * result.report.latency
         current, how = result.model, None
         if training is not None:
+            start = perf_counter()
             current = copy_model(current)
             how = _trained(current, model, training, step, folder)
+            seconds["training"] = seconds.get("training", 0.0) + perf_counter() - start
             where = data if eval_data is None else eval_data
             tuned = Measured.of(
                 evaluate(
@@ -154,7 +158,7 @@ def _trained(
     done = finetune(
         model,
         training.data,
-        replace(training.config, seed=step.seed),
+        training.config,
         original=original if predictive else None,
         loss=step.loss,
         checkpoint=None if folder is None else folder / "training.pt",
@@ -183,23 +187,25 @@ def _sum(values: list[float | None]) -> float | None:
 def _claim(
     directory: Path,
     model: nn.Module,
+    data: Data,
     options: Options,
     rounds: int,
     training: RoundTraining | None,
 ) -> None:
-    """Note what the folder is for, or see that it is for the same.
+    """Note what the folder is for, or see that it is for the same, once a round is in it.
 
     Raises:
         MismatchError: naming the first argument that differs.
     """
-    asked = {field.name: str(getattr(options, field.name)) for field in fields(options)}
+    asked = {field.name: _in_words(getattr(options, field.name)) for field in fields(options)}
     del asked["progress"]
     asked["rounds"] = str(rounds)
-    asked["finetuning"] = "none" if training is None else str(training.config)
+    asked["finetuning"] = "none" if training is None else _in_words(training.config)
     asked["the model's weights"] = digest(model)
+    asked["the first batch"] = batch_digest(Batches(data, device_of(model)).peek())
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "run.json"
-    if not path.exists():
+    if not any(directory.glob("round-*/report.json")):
         Run(arguments=asked).save(path)
         return
     before = Run.load(path).arguments
@@ -209,6 +215,18 @@ def _claim(
                 f"{directory} holds rounds of another call: {name} was {before.get(name)} and is "
                 f"now {value}; give the same again, or another folder"
             )
+
+
+def _in_words(value: object) -> str:
+    """The same in every process: functions by where they are defined, not by where they lie."""
+    if is_dataclass(value) and not isinstance(value, type):
+        named = (f"{f.name}={_in_words(getattr(value, f.name))}" for f in fields(value))
+        return f"{type(value).__name__}({', '.join(named)})"
+    if isinstance(value, FunctionType | type):
+        return f"{value.__module__}.{value.__qualname__}"
+    if callable(value):
+        return f"{type(value).__module__}.{type(value).__qualname__}"
+    return str(value)
 
 
 def _keep(result: Compressed, folder: Path) -> None:

@@ -53,6 +53,8 @@ def text_batches(
         DataError: if there is no text, or one without a token.
     """
     _require_positive(length=length, batch_size=batch_size)
+    if isinstance(texts, str):
+        raise DataError("texts is one text; give a list, or cut a long one by block_batches")
     rows: list[list[int]] = [
         tokenizer(text, truncation=True, max_length=length)["input_ids"] for text in texts
     ]

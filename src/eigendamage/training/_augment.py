@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -18,11 +19,20 @@ def crops_and_flips(padding: int = 4) -> Augment:
 
     Pixels that come in are zero, the mean of normalised images.
     """
+    return _CropsAndFlips(padding)
 
-    def augment(
-        x: Float[Tensor, "n c h w"], generator: torch.Generator
+
+@dataclass(frozen=True)
+class _CropsAndFlips:
+    """The function that `crops_and_flips` makes; its words are the same in every process."""
+
+    padding: int
+
+    def __call__(
+        self, x: Float[Tensor, "n c h w"], generator: torch.Generator
     ) -> Float[Tensor, "n c h w"]:
         n, c, h, w = x.shape
+        padding = self.padding
         shifts = torch.randint(0, 2 * padding + 1, (2, n), generator=generator).to(x.device)
         mirrored = torch.rand(n, generator=generator).to(x.device) < 0.5
         padded = F.pad(x, (padding,) * 4)
@@ -31,5 +41,3 @@ def crops_and_flips(padding: int = 4) -> Augment:
         columns = torch.where(mirrored[:, None], w - 1 - columns, columns) + shifts[1, :, None]
         tall = padded.gather(2, rows[:, None, :, None].expand(n, c, h, w + 2 * padding))
         return tall.gather(3, columns[:, None, None, :].expand(n, c, h, w))
-
-    return augment

@@ -33,6 +33,10 @@ class Checkpoint:
         self, path: str | Path, identity: Mapping[str, Any], *, every: float, writing: bool
     ) -> None:
         self._path = Path(path)
+        if not self._path.parent.is_dir():
+            raise FileNotFoundError(
+                f"cannot write {self._path}: the folder {self._path.parent} does not exist"
+            )
         self._identity = {name: str(value) for name, value in identity.items()}
         self._every = every
         self._writing = writing
@@ -49,7 +53,10 @@ class Checkpoint:
             return None
         try:
             found: Any = torch.load(self._path, weights_only=True)
-        except (RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError) as error:
+        except (
+            *(RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError),
+            *(KeyError, ValueError, IndexError, TypeError),  # of bytes that happen to be opcodes
+        ) as error:
             said = (str(error).splitlines() or [""])[0]
             raise FileFormatError(
                 f"{self._path} is not the state of a training run: {said}"

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler, Subset
 
-from eigendamage.batches import Batch, as_batch
+from eigendamage.batches import Batch, as_batch, iterable_of
 from eigendamage.errors import DataError
 
 
@@ -54,27 +54,24 @@ class LoaderFeed:
     def __init__(
         self, data: Iterable[Any], device: torch.device, seed: int, rank: int, processes: int
     ) -> None:
-        self._data = list(data) if isinstance(data, Iterator) else data
+        self._data = iterable_of(data)
         self._device = device
         self._seed = seed
         self._rank = rank
         self._processes = processes
-        if not isinstance(self._data, Sized):
-            raise DataError("training needs data of known length, such as a DataLoader or a list")
-        if len(self._data) < processes:
+        self._batches = length_of(self._data)
+        if self._batches < max(1, processes):
             raise DataError(
-                f"the training data has {len(self._data)} batches, and each of {processes} "
+                f"the training data has {self._batches} batches, and each of {processes} "
                 f"processes needs one; give more data"
             )
 
     def __len__(self) -> int:
-        return len(cast(Sized, self._data)) // self._processes
+        return self._batches // self._processes
 
     def batches(self, epoch: int) -> Iterator[Batch]:
         seed = int(np.random.SeedSequence([self._seed, epoch]).generate_state(1)[0])
-        torch.manual_seed(seed)
-        np.random.seed(seed)
-        random.seed(seed)
+        seed_everything(seed)
         for part in (self._data, *_parts(self._data)):
             announce = getattr(part, "set_epoch", None)
             if callable(announce):
@@ -83,6 +80,28 @@ class LoaderFeed:
             mine = islice(self._data, self._rank, len(self) * self._processes, self._processes)
             for index, raw in enumerate(mine):
                 yield as_batch(raw, index, self._device)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed torch, numpy and Python, which loaders and their transforms draw from."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
+def length_of(data: Iterable[Any]) -> int:
+    """How many batches a pass has.
+
+    Raises:
+        DataError: if that is not known.
+    """
+    try:
+        return len(cast(Sized, data))
+    except TypeError as error:
+        raise DataError(
+            "training needs data of known length, such as a list or a DataLoader over a dataset "
+            "that is no stream"
+        ) from error
 
 
 def _parts(data: object) -> list[object]:

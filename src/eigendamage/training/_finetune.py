@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from eigendamage.batches import Batch, Batches, Data, device_of
+from eigendamage.batches import Batch, Batches, Data, device_of, iterable_of, tensors_in
 from eigendamage.curvature import Loss, head_of, loss_name
 from eigendamage.distributed import (
     failing_alone,
@@ -23,11 +23,11 @@ from eigendamage.distributed import (
     require_same,
     world,
 )
-from eigendamage.errors import EigenDamageError
+from eigendamage.errors import DataError, EigenDamageError
 from eigendamage.layers import balance_factors, evaluating, preserved_random_state
 from eigendamage.training._checkpoint import Checkpoint
 from eigendamage.training._config import FinetuneConfig
-from eigendamage.training._feed import LoaderFeed, hold_out
+from eigendamage.training._feed import LoaderFeed, hold_out, seed_everything
 from eigendamage.training._loop import Training, train
 from eigendamage.training._objective import Objective
 
@@ -85,6 +85,15 @@ def finetune(
     """
     config = config or FinetuneConfig()
     config.check()
+    if original is model:
+        raise EigenDamageError("original is the model itself, which has nothing to learn from it")
+    data = iterable_of(data)
+    as_it_is = held_out is not None or config.held_out == 0
+    if checkpoint is not None and as_it_is and getattr(data, "persistent_workers", False):
+        raise DataError(
+            "a DataLoader with persistent_workers cannot be gone on with after a stop: its workers "
+            "keep random states of their own. Leave them off, or give no checkpoint"
+        )
     objective = Objective(
         head_of(loss),
         original,
@@ -99,11 +108,11 @@ def finetune(
     feed = LoaderFeed(data, device, config.seed, rank(), world())
     judged = None if held_out is None else Batches(held_out, device)
     require_same("the weights to fine-tune", mark_of(model.state_dict().values()))
+    require_same("the options of fine-tuning", (config, loss_name(loss), len(feed)))
     with failing_alone("fine-tuning"), training_of(model, original):
         keeper = None
         if checkpoint is not None:
-            identity = {**asdict(config), "loss": loss_name(loss), "weights": digest(model)}
-            identity["batches"] = len(feed)
+            identity = _identity(config, loss, model, original, feed, judged)
             keeper = Checkpoint(
                 checkpoint, identity, every=config.checkpoint_every, writing=rank() == 0
             )
@@ -113,18 +122,52 @@ def finetune(
             feed,
             objective,
             config,
-            score=None if judged is None else partial(mean_score, objective, judged),
+            score=None
+            if judged is None
+            else partial(mean_score, objective, judged, seed=config.seed),
             checkpoint=keeper,
             device=device,
             what="fine-tuning",
             progress=progress,
+            # Without labels nobody has seen the answers, and what came in is a fair rival.
+            least=1 if judged is None or objective.by_labels(next(iter(judged))) else 0,
+            processes=world(),
         )
 
 
-def mean_score(objective: Objective, batches: Iterable[Batch], model: nn.Module) -> float:
-    """The mean of an objective's score over held-out batches, run as in evaluation."""
+def _identity(
+    config: FinetuneConfig,
+    loss: Loss,
+    model: nn.Module,
+    original: nn.Module | None,
+    feed: LoaderFeed,
+    judged: Iterable[Batch] | None,
+) -> dict[str, Any]:
+    """What a run's result depends on, by name."""
+    found = asdict(config)
+    del found["checkpoint_every"]
+    found["learning_rate"] = config.peak
+    return {
+        **found,
+        "loss": loss_name(loss),
+        "the weights": digest(model),
+        "the original's weights": "none" if original is None else digest(original),
+        "the number of batches": len(feed),
+        "the first batch": "none" if len(feed) == 0 else batch_digest(next(feed.batches(0))),
+        "the first held-out batch": "none" if judged is None else batch_digest(next(iter(judged))),
+    }
+
+
+def mean_score(
+    objective: Objective, batches: Iterable[Batch], model: nn.Module, *, seed: int = 0
+) -> float:
+    """The mean of an objective's score over held-out batches, run as in evaluation.
+
+    Whatever the data draws, it draws the same each time.
+    """
     total, terms = 0.0, 0
-    with torch.no_grad(), evaluating(model):
+    with torch.no_grad(), evaluating(model), preserved_random_state():
+        seed_everything(seed)
         for batch in batches:
             value, count = objective.score(model, batch)
             total, terms = total + float(value), terms + count
@@ -160,8 +203,19 @@ def training_of(model: nn.Module, original: nn.Module | None) -> Generator[None]
 
 def digest(model: nn.Module) -> str:
     """A fingerprint of a model's names, shapes and weights."""
+    return _digest(model.state_dict().items())
+
+
+def batch_digest(batch: Batch) -> str:
+    """A fingerprint of a batch's inputs and labels."""
+    inputs = tensors_in([*batch.args, *batch.kwargs.values()])
+    labels = [] if batch.target is None else [("labels", batch.target)]
+    return _digest([*((str(index), x) for index, x in enumerate(inputs)), *labels])
+
+
+def _digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
     found = hashlib.sha256()
-    for name, value in model.state_dict().items():
+    for name, value in tensors:
         found.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-        found.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        found.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return found.hexdigest()

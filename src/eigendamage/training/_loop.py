@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR
 
 from eigendamage.batches import Batch
 from eigendamage.distributed import from_first, summed, with_first_state, world
-from eigendamage.errors import EigenDamageError, NonFiniteError
+from eigendamage.errors import EigenDamageError, NonFiniteError, ProcessError
 from eigendamage.progress import track
 from eigendamage.training._checkpoint import Checkpoint, random_state, restore_random_state
 from eigendamage.training._config import FinetuneConfig
@@ -31,9 +32,8 @@ class Training:
     Attributes:
         losses: the mean training loss of each epoch.
         scores: on what was held out, before the first epoch and after each; empty if nothing was.
-        best: how many epochs the weights that were kept have seen; at least one. The original has
-            mostly seen the data that is held out of its training, so what it was before training
-            is no fair rival.
+        best: how many epochs the weights that were kept have seen. With labels at least one: the
+            original has mostly seen the data that is held out, which favours what it was before.
     """
 
     losses: tuple[float, ...]
@@ -52,6 +52,8 @@ def train(
     device: torch.device,
     what: str,
     progress: bool,
+    least: int = 1,
+    processes: int = 1,
 ) -> Training:
     """Train a model in place; its modules' modes are those that it comes with.
 
@@ -65,12 +67,17 @@ def train(
         device: of the model.
         what: it is called in the progress.
         progress: whether to show progress.
+        least: how many epochs the weights that are kept must have seen; 0 lets those that the model
+            came with compete.
+        processes: how many share the batches out; each of them makes this call.
 
     Raises:
-        NonFiniteError: if the loss becomes NaN or infinite.
+        NonFiniteError: if the loss, a weight or a score becomes NaN or infinite.
     """
     with _accelerator(config, device) as accelerator:
-        run = _Run(model, feed, objective, config, accelerator, score, checkpoint)
+        run = _Run(model, feed, objective, config, accelerator, score, checkpoint, least)
+        if processes > 1:
+            run.share_out()
         run.start()
         total = config.epochs * len(feed)
         steps = track(run.steps(), what, total=total - run.done, enabled=progress)
@@ -85,6 +92,12 @@ def _accelerator(config: FinetuneConfig, device: torch.device) -> Generator[Acce
     if config.precision == "fp16" and device.type == "cpu":
         # accelerate would train in full precision without a word.
         raise EigenDamageError("precision 'fp16' needs a GPU; on the CPU give 'bf16' or 'no'")
+    if world() == 1 and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # accelerate would make a group of its own, which the rest of this run knows nothing of.
+        raise ProcessError(
+            "WORLD_SIZE says that there are several processes, but there is no group of them: call "
+            "torch.distributed.init_process_group first"
+        )
     shared: list[dict[str, Any]] = [
         state._shared_state  # pyright: ignore[reportPrivateUsage]
         for state in (AcceleratorState, GradientState, PartialState)
@@ -114,6 +127,7 @@ class _Run:
         accelerator: Accelerator,
         score: Callable[[nn.Module], float] | None,
         checkpoint: Checkpoint | None,
+        least: int,
     ) -> None:
         self._model = model
         self._feed = feed
@@ -122,12 +136,12 @@ class _Run:
         self._accelerator = accelerator
         self._score = score
         self._checkpoint = checkpoint
+        self._least = least
         self._trained = [p for p in model.parameters() if p.requires_grad]
         self._optimizer: Any = accelerator.prepare_optimizer(_optimizer(self._trained, config))
         self._schedule = _schedule(self._optimizer.optimizer, config, self._updates)
         self._wrapped: nn.Module = model
-        if world() > 1:
-            self._wrapped = nn.parallel.DistributedDataParallel(model)
+        self._average = [p.detach().clone() for p in self._trained] if config.average else []
         self._epoch = 0
         self._step = 0  # batches of the epoch that were trained on
         self._total = 0.0
@@ -136,6 +150,16 @@ class _Run:
         self._best = 0
         self._best_state: dict[str, Tensor] = {}
         self._random: dict[str, Any] | None = None
+
+    def share_out(self) -> None:
+        """Average gradients over the processes from here on."""
+        self._wrapped = nn.parallel.DistributedDataParallel(
+            self._model, find_unused_parameters=True
+        )
+
+    @property
+    def _shared(self) -> bool:
+        return self._wrapped is not self._model
 
     @property
     def _updates(self) -> int:
@@ -177,6 +201,8 @@ class _Run:
         self._optimizer.zero_grad(set_to_none=True)
         if self._score is not None:
             self._model.load_state_dict(self._best_state)
+        elif self._average:
+            self._put(self._average)
         best = self._best if self._score is not None else self._config.epochs
         return Training(tuple(self._losses), tuple(self._scores), best)
 
@@ -190,7 +216,7 @@ class _Run:
                     raise NonFiniteError(
                         f"the loss became {loss.item()} in epoch {self._epoch + 1}, batch "
                         f"{self._step + index}; lower the learning rate (it is "
-                        f"{self._config.learning_rate}), or set clip"
+                        f"{self._config.peak}), or set clip"
                     )
                 self._accelerator.backward(loss / len(group))
             self._total += loss.item()
@@ -200,6 +226,9 @@ class _Run:
         if not self._optimizer.step_was_skipped:
             self._schedule.step()
         self._optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for mean, parameter in zip(self._average, self._trained, strict=False):
+                mean.lerp_(parameter, 1 - self._config.average)
 
     def _unreduced(self) -> AbstractContextManager[None]:
         """Gradients of a batch that is not the last of its step stay in this process."""
@@ -208,6 +237,11 @@ class _Run:
         return nullcontext()
 
     def _epoch_done(self) -> None:
+        if not all(bool(torch.isfinite(p).all()) for p in self._trained):
+            raise NonFiniteError(
+                f"weights became NaN or infinite in epoch {self._epoch + 1}; lower the learning "
+                f"rate (it is {self._config.peak}), or set clip"
+            )
         self._losses.append(self._mean_loss())
         self._total = 0.0
         self._epoch, self._step = self._epoch + 1, 0
@@ -217,20 +251,38 @@ class _Run:
             self._save()
 
     def _mean_loss(self) -> float:
-        # Batch norms' statistics are those of each process's own batches: the first's count.
-        with_first_state(self._model)
-        total, batches = summed([torch.tensor([self._total, float(self._step)])])[0].tolist()
-        return total / max(1.0, batches)
+        sums = torch.tensor([self._total, float(self._step)])
+        if self._shared:
+            # Batch norms' statistics are those of each process's own batches: the first's count.
+            with_first_state(self._model)
+            sums = summed([sums])[0]
+        return float(sums[0] / sums[1].clamp_min(1))
 
     def _judge(self, epochs: int) -> None:
         assert self._score is not None
-        self._scores.append(self._score(self._model))
-        if epochs and self._scores[-1] <= min(self._scores[1:]):
+        current = [p.detach().clone() for p in self._trained] if self._average else []
+        self._put(self._average)
+        score = self._score(self._model)
+        score = from_first(score) if self._shared else score
+        if not math.isfinite(score):
+            raise NonFiniteError(
+                f"the score on held-out data became {score} after {epochs} epochs; lower the "
+                f"learning rate (it is {self._config.peak}), or set clip"
+            )
+        self._scores.append(score)
+        if epochs >= self._least and score <= min(self._scores[self._least :]):
             self._best = epochs
             self._best_state = {k: v.clone() for k, v in self._model.state_dict().items()}
+        self._put(current)
+
+    def _put(self, weights: list[Tensor]) -> None:
+        """Give the trained parameters these values; none change nothing."""
+        with torch.no_grad():
+            for parameter, value in zip(self._trained, weights, strict=False):
+                parameter.copy_(value)
 
     def _due(self, checkpoint: Checkpoint) -> bool:
-        return from_first(checkpoint.due)
+        return from_first(checkpoint.due) if self._shared else checkpoint.due
 
     def _save(self) -> None:
         assert self._checkpoint is not None
@@ -244,6 +296,7 @@ class _Run:
                 "scores": self._scores,
                 "best": self._best,
                 "best_state": self._best_state,
+                "average": self._average,
                 "model": self._model.state_dict(),
                 "optimizer": self._optimizer.state_dict(),
                 "schedule": self._schedule.state_dict(),
@@ -257,6 +310,7 @@ class _Run:
         self._total = state["total"]
         self._losses, self._scores = list(state["losses"]), list(state["scores"])
         self._best, self._best_state = state["best"], state["best_state"]
+        self._average = state["average"]
         self._model.load_state_dict(state["model"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._schedule.load_state_dict(state["schedule"])
@@ -267,12 +321,10 @@ class _Run:
 
 def _optimizer(parameters: list[nn.Parameter], config: FinetuneConfig) -> torch.optim.Optimizer:
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(
-            parameters, lr=config.learning_rate, weight_decay=config.weight_decay
-        )
+        return torch.optim.AdamW(parameters, lr=config.peak, weight_decay=config.weight_decay)
     return torch.optim.SGD(
         parameters,
-        lr=config.learning_rate,
+        lr=config.peak,
         momentum=config.momentum,
         weight_decay=config.weight_decay,
         nesterov=config.momentum > 0,
@@ -285,7 +337,7 @@ def _schedule(
     if config.schedule == "one-cycle":
         return OneCycleLR(
             optimizer,
-            config.learning_rate,
+            config.peak,
             total_steps=max(2, updates + 1),
             cycle_momentum=False,
         )

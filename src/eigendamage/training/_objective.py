@@ -68,8 +68,14 @@ class Objective:
             share = self._label_share
             loss = share * self._labels(output, batch) + (1 - share) * loss
         if self._features:
-            loss = loss + self._feature_weight * _unlikeness(self._features, mine, its)
+            loss = loss + self._feature_weight * _unlikeness(
+                self._features, mine, its, batch.counted
+            )
         return loss
+
+    def by_labels(self, batch: Batch) -> bool:
+        """Whether the score of a batch is of its labels."""
+        return self._head.has_target(batch) and (self._original is None or self._label_share > 0)
 
     def score(self, model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
         """What a held-out batch says, summed, and over how many examples and positions.
@@ -78,7 +84,7 @@ class Objective:
         """
         self._check(batch)
         output = call(model, batch)
-        if self._head.has_target(batch) and (self._original is None or self._label_share > 0):
+        if self.by_labels(batch):
             return self._head.per_example(output, batch).sum(), self._terms(output, batch)
         assert self._original is not None
         assert isinstance(self._head, PredictiveHead)
@@ -149,9 +155,15 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 
 
 def _unlikeness(
-    names: Sequence[str], mine: dict[str, Tensor], its: dict[str, Tensor]
+    names: Sequence[str],
+    mine: dict[str, Tensor],
+    its: dict[str, Tensor],
+    counted: Tensor | None,
 ) -> Tensor | float:
-    """The mean over modules of ‖x − y‖² / ‖y‖², x of the smaller network, y of the original."""
+    """The mean over modules of ‖x − y‖² / ‖y‖², x of the smaller network, y of the original.
+
+    Outputs of padded tokens are left out.
+    """
     total: Tensor | float = 0.0
     for name in names:
         x, y = mine[name], its[name]
@@ -161,6 +173,8 @@ def _unlikeness(
                 f"{tuple(y.shape)} in the original; name modules that lost no channels"
             )
         y = y.detach()
+        if counted is not None and x.shape[:2] == counted.shape:
+            x, y = x[counted], y[counted]
         size = y.float().square().sum().clamp_min(torch.finfo(torch.float32).tiny)
         total = total + (x - y).float().square().sum() / size
     return total / len(names)

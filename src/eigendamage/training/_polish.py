@@ -31,6 +31,8 @@ class PolishConfig:
         batch_size: inputs a step, where they can be mixed.
         learning_rate: the peak of the one-cycle schedule.
         momentum: of SGD, with Nesterov's step.
+        average: how much of the past stays at each step in a moving average of the weights, which
+            is what is judged and kept. It takes the noise of the few inputs out.
         clip: the most that the norm of all gradients together may be.
         temperature: that both networks' logits are divided by.
         augment: changes inputs before both networks see them; None for nothing.
@@ -38,10 +40,11 @@ class PolishConfig:
 
     passes: int = 10
     batch_size: int = 64
-    learning_rate: float = 6e-4
+    learning_rate: float = 5e-4
     momentum: float = 0.9
+    average: float = 0.98
     clip: float | None = None
-    temperature: float = 4.0
+    temperature: float = 2.0
     augment: Augment | None = None
 
     def training(self, seed: int) -> FinetuneConfig:
@@ -51,14 +54,17 @@ class PolishConfig:
             EigenDamageError: naming a field that cannot be.
         """
         for field in ("passes", "batch_size"):
-            if getattr(self, field) < 1:
-                raise EigenDamageError(f"{field} is {getattr(self, field)}; expected at least 1")
+            value = getattr(self, field)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise EigenDamageError(f"{field} is {value!r}; expected a whole number from 1 up")
         config = FinetuneConfig(
             epochs=self.passes,
             learning_rate=self.learning_rate,
             momentum=self.momentum,
             weight_decay=0.0,
             clip=self.clip,
+            average=self.average,
+            temperature=self.temperature,
             seed=seed,
         )
         config.check()
@@ -81,7 +87,10 @@ def polish(
     Knowledge distillation (Hinton et al. 2015) with SGD and one cycle, on the few inputs that the
     curvature saw. Both networks run as in evaluation, so batch norms keep their statistics. After
     each pass the divergence on held-out inputs is measured, and in the end the model has the
-    weights of the best pass, or those that it came with if none was better.
+    weights of the best pass. The scores have that of the start too: whether it was better is for
+    the caller to say, who knows what else these inputs have judged.
+
+    Of several processes each does all of it.
 
     Args:
         model: the network to train. Only parameters that require gradients change.
