@@ -283,8 +283,8 @@ def training_cifar10(results: Mapping[str, Any]) -> str:
             kind,
             percent(budget),
             percent(statistics.mean(row["base"] for row in found)),
-            spread([row["repaired"] for row in found]),
-            spread([row["accuracy"] for row in found]),
+            mean_of([row["repaired"] for row in found]),
+            mean_of([row["accuracy"] for row in found]),
             f"{statistics.mean(row['seconds'] for row in found):.0f} s",
             str(len(found)),
         ]
@@ -303,104 +303,7 @@ def training_cifar10(results: Mapping[str, Any]) -> str:
     )
 
 
-def spread(key: str, show: Callable[[float | None], str], group: Any = group) -> str:
-            values = [row[key] for row in group if row.get(key) is not None]
-            if not values:
-                return "–"
-            mean = show(sum(values) / len(values))
-            if len(values) == 1 or show(min(values)) == show(max(values)):
-                return mean
-            return f"{mean} ({show(min(values)).removesuffix(' %')} to {show(max(values))})"
-
-        rows.append(
-            [
-                percent(budget),
-                method,
-                spread("parameters", percent),
-                spread("accuracy_after_surgery", percent),
-                spread("accuracy_recalibrated", percent),
-                spread("predicted", short),
-                spread("measured_rise", short),
-            ]
-        )
-    header = [
-        "MACs allowed",
-        "method",
-        "parameters left",
-        "accuracy right after",
-        "batch norm recalibrated",
-        "predicted rise of loss",
-        "measured, recalibrated",
-    ]
-    return (
-        f"{table(header, rows, words=2)}\n\nMean over seeds {words_of(results['seed'])} and the "
-        f"range. `{results['command'].strip()}`; {words_of(results['machine'])}; "
-        f"{words_of(results['versions'])}."
-    )
-
-
-def auto_cifar10(results: Mapping[str, Any]) -> str:
-    """Accuracy of `compress` as it comes, and what was predicted of it."""
-    rows: list[list[str]] = []
-    for row in results["rows"]:
-        calibrated, measured = row["calibrated"], row["held_out_repaired"]
-        rows.append(
-            [
-                f"{row['network']}, seed {row['seed']}",
-                percent(row["macs"]),
-                percent(row["base"]),
-                percent(row["cut"]),
-                percent(row["repaired"]),
-                short(row["quadratic"]),
-                short(row["held_out_cut"]),
-                short(row["priced"]),
-                short(calibrated),
-                short(measured),
-                f"{measured / calibrated:.2f} ×",
-                short(row["divergence"]),
-                f"{row['divergence'] / calibrated:.2f} ×",
-                f"{row['seconds']:.0f} ({row['machine']['threads']})",
-            ]
-        )
-    header = ("network", "MACs left", "accuracy before", "right after", "repaired")
-    truth = ("quadratic", "measured right after", "priced", "calibrated", "measured repaired")
-    apart = ("to calibrated", "on the test split", "to calibrated", "seconds (threads)")
-    return table((*header, *truth, *apart), rows)
-
-
-def training_cifar10(results: Mapping[str, Any]) -> str:
-    """What a polish and two epochs gave back: means over the seeds, and the range."""
-    rows = results["rows"]
-    groups: dict[tuple[str, float], list[Mapping[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault((row["network"], row["budget"]), []).append(row)
-    lines = []
-    for (network, budget), found in groups.items():
-        trained = [row["trained"] for row in found if row["trained"] is not None]
-        lines.append(
-            [
-                network,
-                percent(budget),
-                percent(statistics.mean(row["base"] for row in found)),
-                spread([row["repaired"] for row in found]),
-                spread([row["polished"] or row["repaired"] for row in found]),
-                f"{statistics.mean(row['polish_seconds'] for row in found):.0f} s",
-                spread(trained) if trained else "–",
-                str(len(found)),
-            ]
-        )
-    header = ["network", "MACs left", "original", "repaired", "polished", "in", "trained", "seeds"]
-    first = rows[0]
-    return (
-        f"{table(header, lines)}\n\nAccuracy on the whole test split of CIFAR-10: means over the "
-        f"seeds, and their range. Polished: 10 passes over {results['examples']:,} images without "
-        f"labels, crops and flips. Trained: from there, two epochs over the training images less a "
-        f"tenth, on labels and distillation. `{results['command']}`; {words_of(first['machine'])}; "
-        f"{words_of(first['versions'])}."
-    )
-
-
-def spread(values: Sequence[float]) -> str:
+def mean_of(values: Sequence[float]) -> str:
     """The mean, and the range where there are several."""
     mean = f"{100 * statistics.mean(values):.2f} %"
     if len(values) == 1:
