@@ -130,3 +130,37 @@ def test_a_folder_of_another_call_is_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(ed.MismatchError, match=said):
             run(*arguments)  # type: ignore[arg-type]
+
+
+def test_functions_are_known_again_in_another_process(tmp_path: Path) -> None:
+    source = """
+import sys, torch, eigendamage as ed
+from tests.test_resume import batches, network
+
+ed.compress(
+    network(), batches(), budget=ed.Budget(macs=0.6), method="eigendamage", epochs=1,
+    polish=ed.PolishConfig(passes=1, augment=ed.crops_and_flips()), directory=sys.argv[1],
+    progress=False,
+)
+"""
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", source, str(tmp_path / "rounds")], check=True)
+
+
+def test_a_call_that_failed_at_once_claims_nothing(tmp_path: Path) -> None:
+    def run(data: list[torch.Tensor]) -> None:
+        ed.compress(
+            network(),
+            data,
+            budget=ed.Budget(macs=0.6),
+            method="eigendamage",
+            epochs=1,
+            directory=tmp_path,
+            progress=False,
+        )
+
+    with pytest.raises(ed.EigenDamageError):
+        run([torch.randn(4, 3, 6, 6)] * 6)  # of channels that the model does not take
+    run(batches())
+    with pytest.raises(ed.MismatchError, match="the first batch was"):
+        run([x + 1 for x in batches()])

@@ -157,6 +157,10 @@ def test_what_is_ignored_is_ignored_in_every_round() -> None:
         ({"rounds": 0}, "rounds is 0"),
         ({"epochs": -1}, "epochs is -1"),
         ({"directory": "somewhere"}, "give epochs="),
+        ({"polish": -1}, "polish is -1"),
+        ({"rounds": 2, "train_data": [1]}, "train_data and finetuning are for training"),
+        ({"epochs": 2, "finetuning": ed.FinetuneConfig(epochs=3)}, "give it once"),
+        ({"epochs": 1, "finetuning": ed.FinetuneConfig(held_out=2.0)}, "held_out is 2"),
         ({"shots": 2, "epochs": 1, "method": "auto"}, "shots are not trained between"),
     ],
 )
