@@ -24,6 +24,12 @@ from safetensors.torch import load_file
 _RESULTS = Path(__file__).parent / "results" / "killed.json"
 
 
+def left(rounds: Path) -> float:
+    """About what fraction of a whole run is to be done, by the files that are there."""
+    steps = ("round-1/report.json", "round-1/training.pt", "round-2/report.json")
+    return 1 - 0.25 * sum((rounds / step).exists() for step in steps)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=5)
@@ -51,9 +57,8 @@ def main() -> None:
         print(f"not killed: {seconds:.0f} s", flush=True)
         # A run that is killed redoes what it had begun, so moments are drawn from what is left.
         moments: list[dict[str, object]] = []
-        left = seconds
         for _ in range(given.kills):
-            after = draws.uniform(0.1, 0.6) * left
+            after = draws.uniform(0.2, 0.9) * seconds * left(killed / "rounds")
             process = subprocess.Popen(command(killed))
             time.sleep(after)
             process.send_signal(signal.SIGKILL)
@@ -61,7 +66,6 @@ def main() -> None:
             files = sorted(str(p.relative_to(killed)) for p in killed.rglob("*") if p.is_file())
             moments.append({"seconds": after, "exit": ended, "files": files})
             print(f"killed after {after:.0f} s: {len(files)} files", flush=True)
-            left = max(0.3 * seconds, left - 0.5 * after)
         subprocess.run(command(killed), check=True)
         a, b = (load_file(out / "model.safetensors") for out in (whole, killed))
         equal = a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
