@@ -28,7 +28,9 @@ def bytes_of(amount: int | str) -> int:
     Raises:
         EigenDamageError: if it is neither, or not above 0.
     """
-    found = amount if isinstance(amount, int) else _parsed(amount)
+    found = _parsed(amount) if isinstance(amount, str) else amount
+    if isinstance(found, bool) or not isinstance(found, int):
+        found = None
     if found is None or found <= 0:
         raise EigenDamageError(
             f"max_memory is {amount!r}; give a number of bytes above 0, or one with a unit such as "
