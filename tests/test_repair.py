@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import eigendamage as ed
-from eigendamage.batches import Batch, Batches, call
+from eigendamage.batches import Batch, Batches
+from eigendamage.calls import call
 from eigendamage.errors import DataError, LayerError, MismatchError, NonFiniteError
 from eigendamage.layers import FORMS, ConvGeometry, find_layers, slice_channels, trace
 from eigendamage.plan import Plan

@@ -60,7 +60,7 @@ def one_fate(function: Callable[P, R]) -> Callable[P, R]:
             _told("the end of " + function.__name__)
         except ProcessError:
             raise
-        except Exception:
+        except Exception:  # whatever it is: it goes on as it came, once the others know of it
             _tell_failure()
             raise
         finally:

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
-from eigendamage.batches import Batch, as_batch, call
+from eigendamage.batches import Batch, as_batch
+from eigendamage.calls import call
 from eigendamage.errors import DataError, EigenDamageError
 from eigendamage.layers import (
     ChannelGraph,

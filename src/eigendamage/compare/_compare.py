@@ -10,7 +10,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from eigendamage.batches import Batches, Data, device_of
+from eigendamage.batches import Batches, Data
+from eigendamage.calls import device_of
 from eigendamage.compare._competitor import ALL, Competitor
 from eigendamage.compare._contest import Contest
 from eigendamage.curvature import (

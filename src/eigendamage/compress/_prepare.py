@@ -8,7 +8,8 @@ from typing import Literal
 
 from torch import nn
 
-from eigendamage.batches import Data, device_of
+from eigendamage.batches import Data
+from eigendamage.calls import device_of
 from eigendamage.compress._search import Timing
 from eigendamage.compress._split import Parts, split
 from eigendamage.compress._steps import Clock, Planning, Settings, Source

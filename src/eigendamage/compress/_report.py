@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from eigendamage.batches import Data, device_of
+from eigendamage.batches import Data
+from eigendamage.calls import device_of
 from eigendamage.compress._prepare import Preparation
 from eigendamage.compress._steps import Built
 from eigendamage.compress._truth import truth_of

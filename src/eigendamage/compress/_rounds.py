@@ -13,7 +13,8 @@ from typing import Any, Literal
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from eigendamage.batches import Batches, Data, device_of
+from eigendamage.batches import Batches, Data
+from eigendamage.calls import device_of
 from eigendamage.compress._once import Before, once
 from eigendamage.compress._result import Compressed, Options
 from eigendamage.curvature import Curvature, load_curvature, save_curvature

@@ -9,7 +9,8 @@ from typing import Literal
 
 from torch import nn
 
-from eigendamage.batches import Data, device_of
+from eigendamage.batches import Data
+from eigendamage.calls import device_of
 from eigendamage.compress._once import with_statistics_anew
 from eigendamage.compress._planned import planned
 from eigendamage.compress._prepare import Preparation, prepared, require_loss

@@ -8,7 +8,8 @@ from typing import Literal
 import torch
 from torch import nn
 
-from eigendamage.batches import Batches, Data, call, device_of
+from eigendamage.batches import Batches, Data
+from eigendamage.calls import call, device_of
 from eigendamage.curvature._capture import Capture, preserved_random_state, undisturbed
 from eigendamage.curvature._curvature import Curvature
 from eigendamage.curvature._head import Fisher

@@ -11,7 +11,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from eigendamage.batches import Batch, call
+from eigendamage.batches import Batch
+from eigendamage.calls import call
 from eigendamage.curvature._head import Head, Seed
 from eigendamage.errors import LayerError
 from eigendamage.layers import Layer, evaluating, preserved_random_state

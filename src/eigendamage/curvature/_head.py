@@ -24,7 +24,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Generator, Tensor
 
-from eigendamage.batches import Batch, logits_of, output_tensors
+from eigendamage.batches import Batch
+from eigendamage.calls import logits_of, output_tensors
 from eigendamage.errors import LossError, NonFiniteError
 
 Fisher = Literal["mc", "exact", "empirical"]

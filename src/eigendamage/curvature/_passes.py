@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eigendamage.batches import Batch, Batches, call
+from eigendamage.batches import Batch, Batches
+from eigendamage.calls import call
 from eigendamage.curvature._capture import Capture, Sink, undisturbed
 from eigendamage.curvature._factors import Eigenbasis
 from eigendamage.curvature._head import Fisher, Head, Seed

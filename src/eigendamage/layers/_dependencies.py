@@ -19,7 +19,8 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 from torch import nn
 
-from eigendamage.batches import Batch, call, output_tensors
+from eigendamage.batches import Batch
+from eigendamage.calls import call, output_tensors
 from eigendamage.errors import ChannelError
 
 _STOP_S = 5.0

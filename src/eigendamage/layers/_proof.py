@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from eigendamage.batches import Batch, call, output_tensors
+from eigendamage.batches import Batch
+from eigendamage.calls import call, output_tensors
 from eigendamage.errors import EigenDamageError
 from eigendamage.layers._channel_graph import ChannelGraph, ChannelGroup
 from eigendamage.layers._factored import FactoredConv2d, FactoredLinear

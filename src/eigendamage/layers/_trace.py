@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from eigendamage.batches import Batch, first_call, output_tensors
+from eigendamage.batches import Batch
+from eigendamage.calls import first_call, output_tensors
 from eigendamage.errors import ShapeError
 from eigendamage.layers._cost import LayerShape
 from eigendamage.layers._find import Layer

@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from eigendamage.batches import Batch, call
+from eigendamage.batches import Batch
+from eigendamage.calls import call
 from eigendamage.layers._channel_graph import ChannelGraph, ChannelGroup
 from eigendamage.layers._slicing import remove_units
 

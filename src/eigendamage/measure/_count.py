@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from eigendamage.batches import Batches, Data, device_of
+from eigendamage.batches import Batches, Data
+from eigendamage.calls import device_of
 from eigendamage.curvature import preserved_random_state
 from eigendamage.layers import Cost, find_layers, trace
 

@@ -11,7 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from eigendamage.batches import Batch, Batches, Data, call, device_of, logits_of
+from eigendamage.batches import Batch, Batches, Data
+from eigendamage.calls import call, device_of, logits_of
 from eigendamage.curvature import (
     CrossEntropy,
     Head,

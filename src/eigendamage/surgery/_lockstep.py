@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from eigendamage.batches import Batch, call, device_of
+from eigendamage.batches import Batch
+from eigendamage.calls import call, device_of
 from eigendamage.errors import LayerError
 from eigendamage.layers import LayerTrace, Trace, evaluating, preserved_random_state
 from eigendamage.surgery._passes import Passed, Run, Twins, end_all, keep, until, wait, watched

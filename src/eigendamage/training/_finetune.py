@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eigendamage.batches import Batch, Batches, Data, device_of, iterable_of, tensors_in
+from eigendamage.batches import Batch, Batches, Data, iterable_of, tensors_in
+from eigendamage.calls import device_of
 from eigendamage.curvature import Loss, head_of, loss_name
 from eigendamage.distributed import (
     failing_alone,

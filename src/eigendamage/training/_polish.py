@@ -9,7 +9,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from eigendamage.batches import Batch, device_of
+from eigendamage.batches import Batch
+from eigendamage.calls import device_of
 from eigendamage.curvature import Loss, head_of
 from eigendamage.errors import EigenDamageError
 from eigendamage.layers import evaluating
