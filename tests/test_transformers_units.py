@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import eigendamage as ed
 from eigendamage import errors
 from eigendamage.batches import as_batch
+from eigendamage.integrations.huggingface import plain_linears
 from eigendamage.layers import (
     ChannelGraph,
     channels_of,
@@ -88,24 +89,7 @@ def _gpt2() -> nn.Module:
         bos_token_id=0,
         eos_token_id=0,
     )
-    model = transformers.GPT2LMHeadModel(config).eval()
-    for block in model.transformer.h:
-        for parent, child in (
-            (block.attn, "c_attn"),
-            (block.attn, "c_proj"),
-            (block.mlp, "c_fc"),
-            (block.mlp, "c_proj"),
-        ):
-            setattr(parent, child, _as_linear(getattr(parent, child)))
-    return model
-
-
-def _as_linear(transposed: nn.Module) -> nn.Linear:
-    """A Linear layer for what transformers calls a Conv1D."""
-    weight, bias = transposed.weight.detach(), transposed.bias.detach()
-    linear = nn.Linear(*weight.shape)
-    linear.load_state_dict({"weight": weight.T.contiguous(), "bias": bias})
-    return linear
+    return plain_linears(transformers.GPT2LMHeadModel(config).eval())
 
 
 def _words(examples: int) -> dict[str, Tensor]:
