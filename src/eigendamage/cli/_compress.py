@@ -80,7 +80,9 @@ def compress_command(
     epochs: int = typer.Option(
         0, help="Of fine-tuning after each round: on labels if there are any, and on the original."
     ),
-    learning_rate: float = typer.Option(0.02, help="The peak of the fine-tuning's schedule."),
+    learning_rate: float | None = typer.Option(
+        None, help="The peak of the fine-tuning's schedule; 0.02 by default."
+    ),
     train_examples: int | None = typer.Option(
         None, help="The most images to fine-tune on; all of the training images by default."
     ),

@@ -213,7 +213,7 @@ def prepared(
     predictive = isinstance(head_of(loss, reduction), PredictiveHead)
     if polish and not predictive:
         raise LossError(
-            "a polish needs a loss with a divergence: cross_entropy, mse or bce, not a function"
+            "a polish needs a loss with a divergence, one of those that go by name, not a function"
         )
     repair = auto if repair is None else repair
     calibrate = (auto and predictive) if calibrate is None else calibrate

@@ -61,7 +61,7 @@ def finetune(
             labels.
         held_out: other data to choose the epoch by; by default a part of ``data``, as the config
             says.
-        loss: ``cross_entropy``, ``mse``, ``bce``, or a function of (output, target).
+        loss: ``cross_entropy``, ``causal_lm``, ``mse``, ``bce``, or a function of (output, target).
         checkpoint: a file for the state of the run, written beside and renamed after each epoch and
             every ``config.checkpoint_every`` seconds. If it is there already, the run goes on from
             it, and ends with the same weights as one that was never stopped.

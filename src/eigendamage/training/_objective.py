@@ -42,8 +42,8 @@ class Objective:
     ) -> None:
         if original is not None and not isinstance(head, PredictiveHead):
             raise LossError(
-                "the original can only be distilled by a loss with a divergence: cross_entropy, "
-                "mse or bce; with a function as loss give labels and no original"
+                "the original can only be distilled by a loss with a divergence, one of those that "
+                "go by name; with a function as loss give labels and no original"
             )
         if features and original is None:
             raise EigenDamageError("features= are the original's; give original= too")

@@ -99,7 +99,7 @@ def polish(
         data: what to train on; kept in memory.
         held_out: other inputs, to choose the best pass by.
         config: how to train.
-        loss: which divergence: ``cross_entropy``, ``mse`` or ``bce``.
+        loss: which divergence: ``cross_entropy``, ``causal_lm``, ``mse`` or ``bce``.
         seed: of the order of the inputs and of their augmentation.
         progress: whether to show progress.
 
