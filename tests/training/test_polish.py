@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import eigendamage as ed
 from eigendamage.batches import Batches
-from eigendamage.training import polish
+from eigendamage.training import Training, polish
 
 CPU = torch.device("cpu")
 
@@ -75,6 +75,54 @@ def test_it_lowers_the_divergence_and_keeps_the_best_pass() -> None:
     for name in ("running_mean", "running_var", "num_batches_tracked"):
         assert torch.equal(getattr(small[1], name), getattr(before[1], name))
     assert not small.training
+
+
+def polished(small: nn.Module, original: nn.Module, **settings: Any) -> Training:
+    features = settings.pop("features", ())
+    return polish(
+        small,
+        original,
+        list(Batches(images(4), CPU)),
+        held_out=list(Batches(images(2, seed=2), CPU)),
+        features=features,
+        config=ed.PolishConfig(passes=20, batch_size=16, learning_rate=0.02, **settings),
+        progress=False,
+    )
+
+
+def worse(original: nn.Module) -> nn.Module:
+    small = copy.deepcopy(original)
+    noise = torch.randn(12, 8, 3, 3, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        small[3].weight.add_(0.1 * noise)  # type: ignore[operator]
+    return small
+
+
+def test_outputs_of_layers_are_learned_where_they_are_named() -> None:
+    original = network()
+
+    def unlike(features: tuple[str, ...], weight: float) -> float:
+        small = worse(original)
+        polished(small, original, features=features, feature_weight=weight)
+        x = torch.cat(images(2))
+        with torch.no_grad():
+            return float((small[:4](x) - original[:4](x)).norm())  # type: ignore[operator]
+
+    assert unlike(("3",), 1e4) < 0.9 * unlike((), 1e4)
+    assert unlike(("3",), 0.0) == unlike((), 1e4)
+
+
+def test_held_out_inputs_are_augmented_as_the_others_are() -> None:
+    original = network()
+    small = worse(original)
+    before = copy.deepcopy(small)
+
+    def brighter(x: Tensor, draws: torch.Generator) -> Tensor:
+        return x + 0.5
+
+    done = polished(small, original, augment=brighter)
+    seen = [x + 0.5 for x in images(2, seed=2)]
+    assert done.scores[0] == pytest.approx(held_divergence(before, original, seen), rel=1e-5)
 
 
 @pytest.mark.parametrize("method", ["auto", "eigendamage"])

@@ -13,7 +13,7 @@ from eigendamage.compress._prepare import Preparation, prepared, require_loss
 from eigendamage.compress._report import Versions, report_of
 from eigendamage.compress._result import Compressed, Options
 from eigendamage.compress._search import in_shots
-from eigendamage.compress._steps import Built, Source, built
+from eigendamage.compress._steps import Built, Source, built, repairable
 from eigendamage.curvature import Curvature
 from eigendamage.distributed import with_first_state
 from eigendamage.layers import copy_model
@@ -80,7 +80,7 @@ def once(
     polished: nn.Module | None = None
     trained: TrainingReport | None = None
     if options.polish is not None and last.plan.changed:
-        polished, trained = _polished(final, model, ready, options.polish)
+        polished, trained = _polished(final, model, last, ready, options.polish)
         final = polished or final
     default_traces = 0 if auto else 64
     traces = options.calibration_examples
@@ -135,7 +135,7 @@ def with_statistics_anew(built: Built, ready: Preparation) -> nn.Module | None:
 
 
 def _polished(
-    model: nn.Module, original: nn.Module, ready: Preparation, config: PolishConfig
+    model: nn.Module, original: nn.Module, last: Built, ready: Preparation, config: PolishConfig
 ) -> tuple[nn.Module | None, TrainingReport]:
     """A copy that has learned from the original, on what the curvature saw; and how that went.
 
@@ -150,6 +150,7 @@ def _polished(
             original,
             settings.parts.fit,
             held_out=settings.parts.held_out,
+            features=[name for name in repairable(last.plan) if name not in last.outputs],
             config=config,
             loss=settings.loss,
             seed=settings.seed,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,6 +22,9 @@ from eigendamage.training._loop import Training, train
 from eigendamage.training._objective import Objective
 from eigendamage.training._pool import Pool, mapped, tensor_of
 
+VIEWS = 2
+"""How often each held-out input is augmented."""
+
 
 @dataclass(frozen=True)
 class PolishConfig:
@@ -30,22 +33,22 @@ class PolishConfig:
     Attributes:
         passes: over the inputs.
         batch_size: inputs a step, where they can be mixed.
-        learning_rate: the peak of the one-cycle schedule.
-        momentum: of SGD, with Nesterov's step.
+        learning_rate: of AdamW, the peak of the one-cycle schedule.
         average: how much of the past stays at each step in a moving average of the weights, which
             is what is judged and kept. It takes the noise of the few inputs out.
         clip: the most that the norm of all gradients together may be.
         temperature: that both networks' logits are divided by.
+        feature_weight: of how unlike the layers' outputs are, beside the divergence.
         augment: changes inputs before both networks see them; None for nothing.
     """
 
     passes: int = 10
     batch_size: int = 64
-    learning_rate: float = 5e-4
-    momentum: float = 0.9
+    learning_rate: float = 2e-3
     average: float = 0.98
     clip: float | None = None
     temperature: float = 2.0
+    feature_weight: float = 30.0
     augment: Augment | None = None
 
     def training(self, seed: int) -> FinetuneConfig:
@@ -60,12 +63,13 @@ class PolishConfig:
                 raise EigenDamageError(f"{field} is {value!r}; expected a whole number from 1 up")
         config = FinetuneConfig(
             epochs=self.passes,
+            optimizer="adamw",
             learning_rate=self.learning_rate,
-            momentum=self.momentum,
             weight_decay=0.0,
             clip=self.clip,
             average=self.average,
             temperature=self.temperature,
+            feature_weight=self.feature_weight,
             seed=seed,
         )
         config.check()
@@ -78,6 +82,7 @@ def polish(
     data: Iterable[Batch],
     *,
     held_out: Iterable[Batch],
+    features: Sequence[str] = (),
     config: PolishConfig | None = None,
     loss: Loss = "cross_entropy",
     seed: int = 0,
@@ -85,11 +90,14 @@ def polish(
 ) -> Training:
     """Train a smaller network, in place, to predict what the original does, without labels.
 
-    Knowledge distillation (Hinton et al. 2015) with SGD and one cycle, on the few inputs that the
-    curvature saw. Both networks run as in evaluation, so batch norms keep their statistics. After
-    each pass the divergence on held-out inputs is measured, and in the end the model has the
-    weights of the best pass. The scores have that of the start too: whether it was better is for
-    the caller to say, who knows what else these inputs have judged.
+    Knowledge distillation (Hinton et al. 2015) on the few inputs that the curvature saw, of the
+    predictions and of what layers return (Romero et al. 2015): outputs of layers say far more of an
+    input than its classes do. Both networks run as in evaluation, so batch norms keep their
+    statistics. After each pass the divergence on held-out inputs is measured, and in the end the
+    model has the weights of the best pass. Held-out inputs are augmented as the others are, `VIEWS`
+    times, always alike: plan and repair were judged by the inputs as they are, which look better
+    for it than others do. The scores have that of the start too: whether it was better is for the
+    caller to say.
 
     Of several processes each does all of it.
 
@@ -98,6 +106,7 @@ def polish(
         original: the network that it was made of; not changed.
         data: what to train on; kept in memory.
         held_out: other inputs, to choose the best pass by.
+        features: dotted paths of modules of both networks whose outputs are to be alike.
         config: how to train.
         loss: which divergence: ``cross_entropy``, ``causal_lm``, ``mse`` or ``bce``.
         seed: of the order of the inputs and of their augmentation.
@@ -111,9 +120,19 @@ def polish(
     """
     config = config or PolishConfig()
     training = config.training(seed)
-    objective = Objective(head_of(loss), original, temperature=config.temperature, label_share=0.0)
+    objective = Objective(
+        head_of(loss),
+        original,
+        temperature=config.temperature,
+        label_share=0.0,
+        features=features if config.feature_weight else (),
+        feature_weight=config.feature_weight,
+    )
     pool = Pool(data, config.batch_size)
     judged = list(held_out)
+    if config.augment is not None:
+        draws = torch.Generator().manual_seed(seed)
+        judged = [_augmented(config.augment, b, draws) for _ in range(VIEWS) for b in judged]
     feed = PoolFeed(pool.shuffled, pool.steps, partial(_augmented, config.augment), seed)
     with training_of(model, original), evaluating(model):
         return train(
