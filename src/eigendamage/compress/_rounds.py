@@ -138,6 +138,7 @@ def in_rounds(
         report=result.report.model_copy(
             update={
                 "budget": str(options.budget),
+                "asked": options.budget.given,
                 "finetuned": tuned,
                 "rounds": tuple(reports),
                 "seconds": seconds,

@@ -11,6 +11,7 @@ from eigendamage.report._report import (
     calibration_by_layer,
     layer_reports,
 )
+from eigendamage.report._spectra import Spectra, Spectrum, spectra_by_layer
 from eigendamage.report._sweep import Sweep, SweepRow
 from eigendamage.report._sweep_views import plot_sweep, print_sweep
 from eigendamage.report._terminal import count_of, number, percent, print_report, render
@@ -29,6 +30,8 @@ __all__ = [
     "RoundReport",
     "Row",
     "Settings",
+    "Spectra",
+    "Spectrum",
     "Sweep",
     "SweepRow",
     "TrainingReport",
@@ -45,4 +48,5 @@ __all__ = [
     "print_sweep",
     "ranked",
     "render",
+    "spectra_by_layer",
 ]
