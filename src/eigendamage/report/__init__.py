@@ -3,6 +3,7 @@
 from eigendamage.report._comparison import Comparison, Row, Settings
 from eigendamage.report._comparison_views import plot_comparison, print_comparison, ranked
 from eigendamage.report._measured import Measured
+from eigendamage.report._page import report_page, write_page
 from eigendamage.report._report import (
     Calibration,
     Environment,
@@ -48,5 +49,7 @@ __all__ = [
     "print_sweep",
     "ranked",
     "render",
+    "report_page",
     "spectra_by_layer",
+    "write_page",
 ]
