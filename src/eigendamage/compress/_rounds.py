@@ -144,6 +144,7 @@ def in_rounds(
                 "seconds": seconds,
                 "latency": left.get("latency"),
                 "predicted": _sum([one.predicted for one in reports]),
+                "environment": result.report.environment.model_copy(update={"seed": options.seed}),
             }
         ),
     )

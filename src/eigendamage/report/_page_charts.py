@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import ceil, log10
+from statistics import median
 
 from eigendamage.report._page_axes import Axis, linear, logarithmic, spread
 from eigendamage.report._page_html import Html, join, tag
@@ -11,8 +13,9 @@ from eigendamage.report._page_words import short
 from eigendamage.report._spectra import Spectra, Spectrum
 from eigendamage.report._truth import TRUST, Truth
 
-_WIDTH, _HEIGHT = 440.0, 320.0
-_LEFT, _RIGHT, _TOP, _BOTTOM = 56.0, 424.0, 18.0, 272.0
+_WIDTH, _HEIGHT = 440.0, 330.0
+_LEFT, _RIGHT, _TOP, _BOTTOM = 56.0, 418.0, 36.0, 284.0
+_LEAST = 0.05  # of an accuracy that an axis spans: less would show chance as if it were more
 _LABEL = 15.0
 
 
@@ -24,13 +27,15 @@ class Mark:
         label: its name; empty for one that is only part of a line.
         left: MACs left, as a fraction.
         value: accuracy, or whatever is drawn upwards.
-        style: class of the mark: ``stage``, ``start``, ``end`` or ``other``.
+        style: class of the mark: ``stage``, ``end`` or ``other``.
+        error: standard error of the value; 0 for none.
     """
 
     label: str
     left: float
     value: float
     style: str
+    error: float = 0.0
 
 
 def svg(
@@ -95,7 +100,7 @@ def _frame(x: Axis, y: Axis, names: tuple[str, str], shown: tuple[Sequence[str],
         ),
         _line(_LEFT, _BOTTOM, _RIGHT, _BOTTOM, "axis"),
         _text((_LEFT + _RIGHT) / 2, _BOTTOM + 42, names[0], "middle", "name"),
-        _text(_LEFT - 8, _TOP - 6, names[1], "start", "name"),
+        _text(0, 13, names[1], "start", "name"),
     )
 
 
@@ -115,29 +120,25 @@ def tradeoff(
         limit: the value that was asked for, as a level line; None for none.
         what: is drawn upwards: ``accuracy`` or ``divergence``.
     """
-    values = [m.value for m in marks] + [v for line in lines for _, v in line]
-    values += [] if limit is None else [limit]
-    low, high = min(values), max(values)
-    room = 0.08 * (high - low) or 0.02 * abs(high) or 0.01
-    low = 0.0 if what == "divergence" else max(0.0, low - room)
-    high = high + room if what == "divergence" else min(1.0, high + room)
+    values = [m.value + side * m.error for m in marks for side in (-1, 1)]
+    values += [v for line in lines for _, v in line] + ([] if limit is None else [limit])
+    low, high = _range(min(values), max(values), what)
     widest = max(1.0, *(m.left for m in marks))
     x = linear(0.0, widest, _LEFT, _RIGHT)
-    y = linear(low, high, _BOTTOM, _TOP + 6)
+    y = linear(low, high, _BOTTOM, _TOP)
     as_share = what == "accuracy"
-    digits = 0 if high - low > 0.05 else 1
     shown = (
         [f"{100 * v:.0f} %" for v in x.ticks],
-        [f"{100 * v:.{digits}f} %" if as_share else short(v) for v in y.ticks],
+        [f"{100 * v:.0f} %" if as_share else short(v) for v in y.ticks],
     )
     drawn = [_frame(x, y, ("MACs left", what), shown)]
     if budget is not None:
         at = x.place(min(budget, widest))
-        drawn.append(_line(at, _TOP + 6, at, _BOTTOM, "budget"))
-        side = "end" if budget > 0.5 else "start"
-        nudge = -6 if budget > 0.5 else 6
+        drawn.append(_line(at, _TOP, at, _BOTTOM, "budget"))
         words = f"budget {100 * budget:.4g} %"
-        drawn.append(_text(at + nudge, _BOTTOM - 8, words, side, "budget-name"))
+        drawn.append(
+            _text(min(max(at, 40.0), _RIGHT - 20), _TOP - 7, words, "middle", "budget-name")
+        )
     if limit is not None:
         drawn.append(_line(_LEFT, y.place(limit), _RIGHT, y.place(limit), "budget"))
         words = f"budget {short(limit)}"
@@ -152,6 +153,17 @@ def tradeoff(
     return svg("tradeoff", f"{what} against the MACs left", told, (_WIDTH, _HEIGHT), *drawn)
 
 
+def _range(low: float, high: float, what: str) -> tuple[float, float]:
+    """The ends of the axis: a divergence starts at 0, an accuracy spans no less than `_LEAST`."""
+    if what == "divergence":
+        return 0.0, 1.08 * high or 0.01
+    room = max(0.06 * (high - low), (_LEAST - (high - low)) / 2)
+    low, high = low - room, high + room
+    if high > 1.0:
+        low, high = low - (high - 1.0), 1.0
+    return max(0.0, low), high
+
+
 def _value(value: float, as_share: bool) -> str:
     return f"{100 * value:.1f} %" if as_share else short(value)
 
@@ -159,14 +171,25 @@ def _value(value: float, as_share: bool) -> str:
 def _labelled(marks: Sequence[Mark], x: Axis, y: Axis, as_share: bool) -> list[Html]:
     """Marks, and labels beside them that do not overlap, on the side where there is room."""
     drawn: list[Html] = []
-    for anchor, nudge in (("start", 14.0), ("end", -14.0)):
-        here = [m for m in marks if m.label and (m.left <= 0.55) == (anchor == "start")]
-        heights = spread([y.place(m.value) for m in here], _LABEL, _TOP + 6, _BOTTOM - 22)
-        for mark, height in zip(here, heights, strict=True):
-            at, level = x.place(mark.left), y.place(mark.value)
-            drawn.append(_line(at, level, at + 0.8 * nudge, height, "leader"))
-            words = f"{mark.label} {_value(mark.value, as_share)}"
-            drawn.append(_text(at + nudge, height + 4, words, anchor, f"label.{mark.style}"))
+    named = [m for m in marks if m.label]
+    heights = spread([y.place(m.value) for m in named], _LABEL, _TOP + 6, _BOTTOM - 8)
+    for mark, height in zip(named, heights, strict=True):
+        anchor, nudge = ("start", 14.0) if mark.left <= 0.55 else ("end", -14.0)
+        at, level = x.place(mark.left), y.place(mark.value)
+        drawn.append(_line(at, level, at + 0.8 * nudge, height, "leader"))
+        words = f"{mark.label} {_value(mark.value, as_share)}"
+        drawn.append(_text(at + nudge, height + 4, words, anchor, f"label.{mark.style}"))
+    drawn += [
+        _line(
+            x.place(m.left),
+            y.place(m.value - m.error),
+            x.place(m.left),
+            y.place(m.value + m.error),
+            "error",
+        )
+        for m in marks
+        if m.error
+    ]
     drawn += [
         _dot(
             x.place(m.left),
@@ -198,7 +221,7 @@ def agreement(truth: Truth) -> Html | None:
     values = [v for _, predicted, measured, _ in pairs for v in (predicted, measured)]
     low, high = min(values) / 2, max(values) * 2
     x = logarithmic(low, high, _LEFT, _RIGHT)
-    y = logarithmic(low, high, _BOTTOM, _TOP + 6)
+    y = logarithmic(low, high, _BOTTOM, _TOP)
     shown = [f"{v:.0e}".replace("e-0", "e-").replace("e+0", "e+") for v in x.ticks]
     frame = _frame(x, y, ("predicted", "measured"), (shown, shown))
     corners = [(low, low * TRUST), (high / TRUST, high), (high, high), (high, high / TRUST)]
@@ -223,21 +246,36 @@ def agreement(truth: Truth) -> Html | None:
     return svg("agreement", title, told, (_WIDTH, _HEIGHT), frame, band, equal, *dots)
 
 
-_FALL = 1e-6  # the least relative eigenvalue that is drawn
+_DEEPEST = 6  # powers of ten below the greatest eigenvalue that are drawn at most
 
 
-def falloff(index: int, name: str, spectra: Spectra) -> Html:
-    """How the eigenvalues of a layer's two factors fall, on a logarithmic scale of six decades."""
+def depth_of(spectra: Iterable[Spectra]) -> int:
+    """How many powers of ten show at least half of the curves to their end: 2 to `_DEEPEST`."""
+    ends = [s.values[-1] for layer in spectra for s in (layer.outputs, layer.inputs)]
+    middle = median(ends) if ends else 0.0
+    return _DEEPEST if middle <= 0 else min(_DEEPEST, max(2, ceil(-log10(middle))))
+
+
+def falloff(index: int, name: str, spectra: Spectra, depth: int) -> Html:
+    """How the eigenvalues of a layer's two factors fall, on a logarithmic scale.
+
+    Args:
+        index: that tells the picture from others on the page.
+        name: of the layer.
+        spectra: of it.
+        depth: powers of ten from the top to the bottom.
+    """
     box = 160.0, 64.0
     told = f"90 % of S is in {_ninety(spectra.outputs)} outputs, of A in {_ninety(spectra.inputs)}"
+    y = logarithmic(10.0**-depth, 1.0, box[1] - 1, 1.0)
     return svg(
         f"falloff-{index}",
         f"spectra of {name}",
         f"{told} inputs",
         box,
-        *(_line(0, y, box[0], y, "grid") for y in (1.0, box[1] / 2, box[1] - 1)),
-        _path(_curve(spectra.outputs, box), "outputs"),
-        _path(_curve(spectra.inputs, box), "inputs"),
+        *(_line(0, y.place(10.0**-k), box[0], y.place(10.0**-k), "grid") for k in range(depth + 1)),
+        _path(_curve(spectra.outputs, box[0], y, 10.0**-depth), "outputs"),
+        _path(_curve(spectra.inputs, box[0], y, 10.0**-depth), "inputs"),
     )
 
 
@@ -245,14 +283,13 @@ def _ninety(spectrum: Spectrum) -> str:
     return f"{spectrum.ninety} of {spectrum.size}"
 
 
-def _curve(spectrum: Spectrum, box: tuple[float, float]) -> list[tuple[float, float]]:
-    y = logarithmic(_FALL, 1.0, box[1] - 1, 1.0)
+def _curve(spectrum: Spectrum, width: float, y: Axis, least: float) -> list[tuple[float, float]]:
     last = max(1, spectrum.size - 1)
     points = [
-        (box[0] * rank / last, y.place(max(_FALL, value)))
+        (width * rank / last, y.place(max(least, value)))
         for rank, value in zip(spectrum.ranks, spectrum.values, strict=True)
     ]
-    return points if len(points) > 1 else [*points, (box[0], points[0][1])]
+    return points if len(points) > 1 else [*points, (width, points[0][1])]
 
 
 def skyline(

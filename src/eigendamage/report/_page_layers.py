@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from eigendamage.report._page_charts import falloff, skyline
+from eigendamage.report._page_charts import depth_of, falloff, skyline
 from eigendamage.report._page_html import Html, join, section, tag
 from eigendamage.report._page_words import kind_of, share, short, size
 from eigendamage.report._report import LayerReport, Report
@@ -73,30 +73,50 @@ def _gap(gap: float | None) -> str:
 
 
 def _table(report: Report) -> Html:
-    head = ("layer", "what is done", "ranks", "MACs", "parameters", "price", "calibrated", "alone")
-    widest = max((layer.macs[0] for layer in report.layers.values()), default=0.0) or 1.0
-    dearest = max((_priced(layer) or 0.0 for layer in report.layers.values()), default=0.0) or 1.0
+    """The layers as a table; columns in which nothing is known are left out."""
+    found = report.layers
     alone = {} if report.truth is None else report.truth.layers
+    most = max((layer.macs[0] for layer in found.values()), default=0.0) or 1.0
+    dearest = max((_priced(layer) or 0.0 for layer in found.values()), default=0.0) or 1.0
+    columns: list[tuple[str, str, list[Html | None]]] = [
+        ("what is done", "words", [_action(layer) for layer in found.values()]),
+        ("ranks", "figure", [_ranks(layer) for layer in found.values()]),
+        (
+            "MACs",
+            "main",
+            [join(_bar(v.macs, most, _style(v)), _of(*v.macs)) for v in found.values()],
+        ),
+        ("parameters", "figure", [_of(*map(float, v.parameters)) for v in found.values()]),
+        ("price", "main", [_price(layer, dearest) for layer in found.values()]),
+        ("calibrated", "figure", [_known(layer.calibrated) for layer in found.values()]),
+        (
+            "measured alone",
+            "figure",
+            [_known(alone[name].measured if name in alone else None) for name in found],
+        ),
+    ]
+    columns = [column for column in columns if any(cell is not None for cell in column[2])]
+    # Narrow screens lay rows out as cards; without these roles that would end the table.
     rows = [
         tag(
             "tr",
             tag("th", name or "(the model)", attributes={"scope": "row", "role": "rowheader"}),
-            _cell(head[1], tag(f"i.{_style(layer)}"), layer.action, kind="words"),
-            _cell(head[2], "" if layer.ranks is None else f"{layer.ranks[0]} × {layer.ranks[1]}"),
-            _cell(head[3], _bar(layer.macs, widest, _style(layer)), _of(*layer.macs)),
-            _cell(head[4], _of(*map(float, layer.parameters))),
-            _cell(
-                head[5],
-                _bar((0.0, _priced(layer) or 0.0), dearest, _style(layer)),
-                short(layer.price),
+            *(
+                tag(
+                    f"td.{kind}",
+                    cells[index] or "–",
+                    attributes={"role": "cell", "data-name": head},
+                )
+                for head, kind, cells in columns
             ),
-            _cell(head[6], short(layer.calibrated)),
-            _cell(head[7], short(alone[name].measured if name in alone else None)),
             attributes={"role": "row"},
         )
-        for name, layer in report.layers.items()
+        for index, name in enumerate(found)
     ]
-    columns = [tag("th", h, attributes={"scope": "col", "role": "columnheader"}) for h in head]
+    top = [
+        tag(f"th.{kind}", head, attributes={"scope": "col", "role": "columnheader"})
+        for head, kind, _ in (("layer", "words", ()), *columns)
+    ]
     caption = "Each layer: what is left of its size, its price, what it was measured to cost alone"
     return tag(
         "div.scroll.tall",
@@ -105,20 +125,33 @@ def _table(report: Report) -> Html:
             tag("caption", caption),
             tag(
                 "thead",
-                tag("tr", *columns, attributes={"role": "row"}),
+                tag("tr", *top, attributes={"role": "row"}),
                 attributes={"role": "rowgroup"},
             ),
             tag("tbody", *rows, attributes={"role": "rowgroup"}),
-            # Narrow screens lay rows out as cards, which would take their roles.
             attributes={"role": "table"},
         ),
         attributes={"role": "region", "tabindex": "0", "aria-label": caption},
     )
 
 
-def _cell(name: str, *children: str | Html, kind: str = "figure") -> Html:
-    attributes = {"role": "cell", "data-name": name}
-    return tag(f"td.{kind}", *children, attributes=attributes)
+def _action(layer: LayerReport) -> Html:
+    return join(tag(f"i.{_style(layer)}"), layer.action)
+
+
+def _ranks(layer: LayerReport) -> Html | None:
+    return None if layer.ranks is None else join(f"{layer.ranks[0]} × {layer.ranks[1]}")
+
+
+def _price(layer: LayerReport, dearest: float) -> Html | None:
+    if layer.price is None:
+        return None
+    bar = _bar((0.0, _priced(layer) or 0.0), dearest, _style(layer))
+    return join(bar, tag("b", short(layer.price)))
+
+
+def _known(value: float | None) -> Html | None:
+    return None if value is None else join(short(value))
 
 
 def _of(before: float, after: float) -> Html:
@@ -140,11 +173,12 @@ def spectra(report: Report) -> Html:
     """How the curvature of each layer falls off."""
     if not report.spectra:
         return join()
+    depth = depth_of(report.spectra.values())
     pictures = [
         tag(
             "figure",
             tag("figcaption", tag("b", name or "(the model)")),
-            falloff(index, name, found),
+            falloff(index, name, found, depth),
             tag(
                 "p",
                 tag("span.outputs", f"{found.outputs.ninety} of {found.outputs.size} out"),
@@ -160,9 +194,8 @@ def spectra(report: Report) -> Html:
     return section(
         "spectra",
         "Spectra",
-        "Eigenvalues of the curvature from the greatest on, a power of ten at a time over six "
-        "powers: the sooner a curve falls, the fewer directions matter. Below each, how many hold "
-        "90 % of it.",
+        f"Eigenvalues of the curvature, the greatest first; a line is a power of ten, {depth} in "
+        "all. The sooner a curve falls, the fewer directions matter; below it, how many hold 90 %.",
         tag(
             "p.key",
             tag("span", tag("i.outputs"), "outputs (S)"),

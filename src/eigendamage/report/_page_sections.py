@@ -10,6 +10,7 @@ from eigendamage.report._page_charts import Mark, agreement, tradeoff
 from eigendamage.report._page_html import Html, join, section, table, tag
 from eigendamage.report._page_words import (
     caveats,
+    chance,
     headline,
     seconds,
     share,
@@ -32,7 +33,7 @@ def opening(report: Report) -> Html:
         "header",
         tag("p.kicker", f"eigendamage · {report.method} · budget: {report.budget}"),
         tag("h1", headline(report)),
-        tag("p.reading", f"Measured on {where_measured(report)}.{standard_error(report)}"),
+        tag("p.reading", f"Measured on {where_measured(report)}.{chance(report)}"),
         *(
             tag("aside.notes", tag("h2", "Read this first"), *known, attributes={"role": "note"})
             for _ in notes[:1]
@@ -80,20 +81,24 @@ def _meter(left: float) -> Html:
 
 
 def _divergence_tile(report: Report) -> Html:
-    """The prediction beside the measurement that it is of."""
+    """The prediction, and the measurement that it is of."""
     truth = report.truth
     if truth is not None:
         said = "trusted" if truth.trusted else "not trusted"
-        change = (
-            f"{short(truth.measured)} measured on {truth.examples:,} held-out inputs: "
-            f"{times(truth.measured, truth.predicted)}, {said}"
+        factor = times(truth.measured, truth.predicted)
+        return _tile(
+            "divergence predicted → measured",
+            f"{short(truth.predicted)} → {short(truth.measured)}",
+            f"{factor}, {said}; on {truth.examples:,} held-out inputs",
         )
-        return _tile("divergence predicted", short(truth.predicted), change)
     if report.predicted is None:
-        beside = "measured; the method's measure predicts none"
+        beside = "measured; the method predicts none"
         return _tile("divergence", short(report.final.divergence), beside)
-    beside = f"{short(report.final.divergence)} measured of the result"
-    return _tile("divergence predicted", short(report.predicted), beside)
+    return _tile(
+        "divergence predicted → measured",
+        f"{short(report.predicted)} → {short(report.compressed.divergence)}",
+        f"right after surgery; {short(report.final.divergence)} in the end",
+    )
 
 
 def against_macs(report: Report, sweep: Sweep | None, comparison: Comparison | None) -> Html:
@@ -110,7 +115,8 @@ def against_macs(report: Report, sweep: Sweep | None, comparison: Comparison | N
         if (found := value(measured)) is not None:
             style = "end" if measured is report.final else "stage"
             where = 1.0 if measured is report.original else left
-            marks.append(Mark(words, where, found, style))
+            error = standard_error(found, report.measured_examples) if labeled else 0.0
+            marks.append(Mark(words, where, found, style, error))
     if not labeled:
         marks.insert(0, Mark("original", 1.0, 0.0, "stage"))
     rounds = [
@@ -118,11 +124,9 @@ def against_macs(report: Report, sweep: Sweep | None, comparison: Comparison | N
         for one in report.rounds[:-1]
         if (found := value(one.finetuned or one.untrained)) is not None
     ]
-    marks += [
-        Mark(f"round {number}", *point, "stage") for number, point in enumerate(rounds, start=1)
-    ]
     lines = [[(marks[0].left, marks[0].value), *rounds, (marks[-1].left, marks[-1].value)]]
-    lines = [lines[0]] if rounds else []
+    marks += [Mark(f"round {k}", *point, "stage") for k, point in enumerate(rounds, start=1)]
+    lines = lines if rounds else []
     beside = _others(sweep, comparison, what)
     marks += [mark for line in beside for mark in line]
     lines += [[(m.left, m.value) for m in line] for line in beside]
@@ -137,8 +141,10 @@ def against_macs(report: Report, sweep: Sweep | None, comparison: Comparison | N
     )
     reading = (
         f"Left is smaller, {'up' if labeled else 'down'} is better. The large mark is the model "
-        f"that is handed back; what leads to it is above or below it. {_budget(report, what)}"
+        f"that is handed back, small ones are the steps to it. {_budget(report, what)}"
     )
+    if labeled:
+        reading += " Bars are one standard error up and down."
     if beside:
         reading += " Small marks on lines are other budgets or methods."
     return section(
@@ -219,7 +225,7 @@ def truth(report: Report) -> Html:
         f"trusted: here they are{'' if found.trusted else ' not'}. Small marks are layers changed "
         f"alone, the large one is the whole.",
         *([] if picture is None else [tag("figure", picture, _key())]),
-        table(caption, ("prediction", "predicted", "measured", "measured / predicted"), rows),
+        table(caption, ("", "predicted", "measured", "ratio"), rows),
     )
 
 

@@ -26,7 +26,7 @@ def size(value: float) -> str:
     """A large count with a unit prefix, three digits."""
     for unit, least in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if abs(value) >= least:
-            return f"{value / least:.3g}{_THIN}{unit}"
+            return f"{value / least:#.3g}".removesuffix(".") + _THIN + unit
     return f"{value:.0f}"
 
 
@@ -49,17 +49,17 @@ def seconds(value: float) -> str:
 
 
 def headline(report: Report) -> str:
-    """What became of the model, in one sentence: what is measured, then what is left."""
+    """What became of the model, in one sentence: what is left, then what was measured."""
     before, after = report.original, report.final
     left = report.macs[1] / report.macs[0] if report.macs[0] else 1.0
     fewer = report.parameters[1] / report.parameters[0] if report.parameters[0] else 1.0
     if abs(left - 1) >= _SAME:
-        with_what = f"with {share(left)} of its MACs"
+        size_left = f"With {share(left)} of its MACs"
     elif abs(fewer - 1) >= _SAME:
-        with_what = f"with {share(fewer)} of its parameters"
+        size_left = f"With {share(fewer)} of its parameters"
     else:
-        with_what = "with its size as it was"
-    return f"{report.model} {_outcome(before, after)} {with_what}."
+        size_left = "With its size as it was"
+    return f"{size_left}, {report.model} {_outcome(before, after)}."
 
 
 def _outcome(before: Measured, after: Measured) -> str:
@@ -70,19 +70,23 @@ def _outcome(before: Measured, after: Measured) -> str:
     if before.loss is not None and after.loss is not None:
         return f"goes from a loss of {short(before.loss)} to {short(after.loss)}"
     if after.divergence is not None:
-        return f"diverges by {short(after.divergence)} from what it predicted"
-    return "was compressed, and no measure of the result is known,"
+        return f"diverges by {short(after.divergence)} from what it predicted before"
+    return "was not measured: it has neither labels nor predictions to go by"
 
 
-def standard_error(report: Report) -> str:
-    """How far chance moves an accuracy, in a sentence; nothing where there is none."""
+def standard_error(accuracy: float, examples: int) -> float:
+    """How far chance moves an accuracy that was measured on so many examples."""
+    return (accuracy * (1 - accuracy) / examples) ** 0.5
+
+
+def chance(report: Report) -> str:
+    """How far chance moves the accuracy of the result, in a sentence; empty without one."""
     accuracy, examples = report.final.accuracy, report.measured_examples
-    if accuracy is None or examples < 1:
+    if accuracy is None:
         return ""
-    points = 100 * (accuracy * (1 - accuracy) / examples) ** 0.5
     return (
         f" With {examples:,} examples an accuracy near {share(accuracy)} has a standard error of "
-        f"{points:.1f} points."
+        f"{100 * standard_error(accuracy, examples):.1f} points."
     )
 
 
@@ -96,6 +100,11 @@ def where_measured(report: Report) -> str:
 def caveats(report: Report) -> tuple[str, ...]:
     """What a reader has to know before the numbers: the report's notes, and what it lacks."""
     found = list(report.notes)
+    if report.rounds and report.truth is not None:
+        found.append(
+            "what was predicted, the layers' prices and their spectra are of the last round, "
+            "against the model that it began with"
+        )
     if report.measured_on == "data":
         found.append(
             "all versions were measured on the data that the result was made from: they look "
