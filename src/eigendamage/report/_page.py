@@ -10,6 +10,7 @@ from eigendamage.report import _page_layers as by_layer
 from eigendamage.report import _page_sections as whole
 from eigendamage.report._comparison import Comparison
 from eigendamage.report._page_html import Html, tag
+from eigendamage.report._page_opening import opening
 from eigendamage.report._page_words import headline
 from eigendamage.report._report import Report
 from eigendamage.report._sweep import Sweep
@@ -36,7 +37,7 @@ def report_page(
     style = files("eigendamage.report").joinpath("page.css").read_text(encoding="utf-8")
     body = tag(
         "main",
-        whole.opening(report),
+        opening(report),
         tag("div.pair", whole.against_macs(report, sweep, comparison), whole.truth(report)),
         whole.rounds(report),
         by_layer.layers(report),

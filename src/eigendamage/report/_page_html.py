@@ -68,3 +68,9 @@ def table(caption: str, head: tuple[str, ...], rows: list[tuple[str | Html, ...]
         ),
         attributes={"role": "region", "tabindex": "0", "aria-label": caption},
     )
+
+
+def meter(left: float) -> Html:
+    """A bar that is filled to a fraction."""
+    width = {"style": f"width:{100 * min(1.0, left):.1f}%"}
+    return tag("span.meter", tag("span", attributes=width), attributes={"aria-hidden": "true"})

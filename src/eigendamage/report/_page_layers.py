@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from eigendamage.report._page_charts import depth_of, falloff, skyline
+from eigendamage.report._page_bars import depth_of, falloff, skyline
 from eigendamage.report._page_html import Html, join, section, tag
 from eigendamage.report._page_words import kind_of, share, short, size
 from eigendamage.report._report import LayerReport, Report

@@ -1,4 +1,4 @@
-"""The parts of the page that tell of the run as a whole."""
+"""The parts of the page below the top that tell of the run as a whole."""
 
 from __future__ import annotations
 
@@ -7,15 +7,11 @@ from collections.abc import Mapping
 from eigendamage.report._comparison import Comparison
 from eigendamage.report._measured import Measured
 from eigendamage.report._page_charts import Mark, agreement, tradeoff
-from eigendamage.report._page_html import Html, join, section, table, tag
+from eigendamage.report._page_html import Html, join, meter, section, table, tag
 from eigendamage.report._page_words import (
-    caveats,
-    chance,
-    headline,
     seconds,
     share,
     short,
-    size,
     standard_error,
     times,
     where_measured,
@@ -23,82 +19,6 @@ from eigendamage.report._page_words import (
 from eigendamage.report._report import Report
 from eigendamage.report._sweep import Sweep
 from eigendamage.report._truth import TRUST
-
-
-def opening(report: Report) -> Html:
-    """The headline, what to know before the numbers, and the numbers."""
-    notes = caveats(report)
-    known = [tag("ul", *(tag("li", note) for note in notes))] if notes else []
-    return tag(
-        "header",
-        tag("p.kicker", f"eigendamage · {report.method} · budget: {report.budget}"),
-        tag("h1", headline(report)),
-        tag("p.reading", f"Measured on {where_measured(report)}.{chance(report)}"),
-        *(
-            tag("aside.notes", tag("h2", "Read this first"), *known, attributes={"role": "note"})
-            for _ in notes[:1]
-        ),
-        tag("div.tiles", *_tiles(report)),
-    )
-
-
-def _tiles(report: Report) -> list[Html]:
-    before, after = report.original, report.final
-    tiles = [
-        _size_tile("MACs", *report.macs),
-        _size_tile("parameters", *map(float, report.parameters)),
-    ]
-    if report.latency is not None:
-        tiles.append(_tile("latency left, measured", share(report.latency), "on this device"))
-    if before.accuracy is not None and after.accuracy is not None:
-        points = 100 * (after.accuracy - before.accuracy)
-        change = f"from {share(before.accuracy)}, {points:+.1f} points"
-        tiles.append(_tile("accuracy", share(after.accuracy), change))
-    if before.perplexity is not None and after.perplexity is not None:
-        change = f"from {short(before.perplexity)}"
-        tiles.append(_tile("perplexity", short(after.perplexity), change))
-    rise = report.measured_rise
-    if rise is not None and before.loss is not None:
-        tiles.append(_tile("rise of the loss", short(rise), f"from {short(before.loss)}"))
-    tiles.append(_divergence_tile(report))
-    return tiles
-
-
-def _tile(what: str, value: str, beside: str, left: float | None = None) -> Html:
-    bar = [] if left is None else [_meter(left)]
-    children = (tag("span.what", what), tag("strong", value), tag("span.beside", beside))
-    return tag("div.tile", *children, *bar)
-
-
-def _size_tile(what: str, before: float, after: float) -> Html:
-    left = after / before if before else 1.0
-    return _tile(f"{what} left", share(left), f"{size(before)} → {size(after)}", left)
-
-
-def _meter(left: float) -> Html:
-    width = {"style": f"width:{100 * min(1.0, left):.1f}%"}
-    return tag("span.meter", tag("span", attributes=width), attributes={"aria-hidden": "true"})
-
-
-def _divergence_tile(report: Report) -> Html:
-    """The prediction, and the measurement that it is of."""
-    truth = report.truth
-    if truth is not None:
-        said = "trusted" if truth.trusted else "not trusted"
-        factor = times(truth.measured, truth.predicted)
-        return _tile(
-            "divergence predicted → measured",
-            f"{short(truth.predicted)} → {short(truth.measured)}",
-            f"{factor}, {said}; on {truth.examples:,} held-out inputs",
-        )
-    if report.predicted is None:
-        beside = "measured; the method predicts none"
-        return _tile("divergence", short(report.final.divergence), beside)
-    return _tile(
-        "divergence predicted → measured",
-        f"{short(report.predicted)} → {short(report.compressed.divergence)}",
-        f"right after surgery; {short(report.final.divergence)} in the end",
-    )
 
 
 def against_macs(report: Report, sweep: Sweep | None, comparison: Comparison | None) -> Html:
@@ -177,17 +97,22 @@ def _others(sweep: Sweep | None, comparison: Comparison | None, what: str) -> li
 
 
 def _versions(report: Report) -> Html:
-    """Everything that was measured, a version a row."""
-    by_token = report.original.perplexity is not None
-    head = ("version", "accuracy", "loss", "rise of loss", "divergence")
-    rows: list[tuple[str | Html, ...]] = []
-    for words, m in report.versions:
-        first = m is report.original
-        cells = (share(m.accuracy), short(m.loss), "–" if first else short(report.rise(m)))
-        perplexity = (short(m.perplexity),) if by_token else ()
-        rows.append((words, *cells, short(m.divergence), *perplexity))
-    caption = f"Measured on {where_measured(report)}"
-    return table(caption, (*head, *(("perplexity",) if by_token else ())), rows)
+    """Everything that was measured, a version a row; what none of them has is left out."""
+    found = report.versions
+    later = [None, *(m for _, m in found[1:])]
+    columns = {
+        "accuracy": [share(m.accuracy) for _, m in found],
+        "loss": [short(m.loss) for _, m in found],
+        "rise of loss": [short(m and report.rise(m)) for m in later],
+        "divergence": [short(m.divergence) for _, m in found],
+        "perplexity": [short(m.perplexity) for _, m in found],
+    }
+    columns = {name: cells for name, cells in columns.items() if set(cells) != {"–"}}
+    rows: list[tuple[str | Html, ...]] = [
+        (words, *(cells[index] for cells in columns.values()))
+        for index, (words, _) in enumerate(found)
+    ]
+    return table(f"Measured on {where_measured(report)}", ("version", *columns), rows)
 
 
 def truth(report: Report) -> Html:
@@ -289,7 +214,7 @@ def provenance(report: Report) -> Html:
         tag(
             "li",
             tag("span", stage),
-            _meter(spent / longest),
+            meter(spent / longest),
             tag("span.figure", seconds(spent)),
         )
         for stage, spent in report.seconds.items()

@@ -22,6 +22,11 @@ def short(value: float | None) -> str:
     return f"{value:.3g}" if value == 0 or 1e-4 <= abs(value) < 1e5 else f"{value:.2e}"
 
 
+def tick(value: float) -> str:
+    """A round number in as few signs as there can be."""
+    return f"{value:.3g}".replace("e-0", "e-").replace("e+0", "e")
+
+
 def size(value: float) -> str:
     """A large count with a unit prefix, three digits."""
     for unit, least in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
