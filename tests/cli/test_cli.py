@@ -213,6 +213,9 @@ def test_demo_at_three_budgets(tmp_path: Path) -> None:
             assert (report["repaired"] is not None) == (method == "auto")
             assert (report["recalibrated"] is not None) == (method == "eigendamage")
             assert found["finetuned"] is None
+    page = (tmp_path / "demo-report.html").read_text(encoding="utf-8")
+    left = [entry["auto"]["report"]["macs"][1] / before for entry in budgets]
+    assert all(f"with {100 * fraction:.1f} % of the MACs" in page for fraction in left)
     sharing = [found["report"]["seconds"] for entry in budgets for found in entry.values()]
     assert ["curvature" in seconds for seconds in sharing] == [True] + 5 * [False]
     assert "…" not in done.output  # eighty columns are enough for the table

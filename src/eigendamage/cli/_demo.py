@@ -24,7 +24,6 @@ from eigendamage.report import Report, Sweep, SweepRow, write_page
 from eigendamage.training import FinetuneConfig, finetune
 
 BUDGETS = (0.7, 0.5, 0.35)
-_SHOWN = 1  # of them, on the page
 _METHODS = {"auto": "auto", "eigendamage": "paper"}  # and their names in the table
 _IMAGES = 2000
 _TRACED = 64
@@ -111,9 +110,10 @@ def demo_command(
         beside.write_text(document + "\n", encoding="utf-8")
     page = out.with_name(f"{out.stem}-report.html")
     command = shlex.join(["eigendamage", *sys.argv[1:]])
-    shown = reports[_SHOWN].model_copy(update={"command": command})
+    shown = reports[len(reports) // 2].model_copy(update={"command": command})
     write_page(shown, page, sweep=_sweep(reports))
-    console.print(f"Report: {out}; as a page, auto at {BUDGETS[_SHOWN]:.0%}: {page}")
+    console.print(f"Report: {out}")
+    console.print(f"As a page, auto at {shown.budget}: {page}")
     if as_json:
         typer.echo(document)
 
