@@ -60,6 +60,8 @@ from eigendamage.report import plot_sweep as plot_sweep
 from eigendamage.report import print_comparison as print_comparison
 from eigendamage.report import print_report as print_report
 from eigendamage.report import print_sweep as print_sweep
+from eigendamage.report import report_page as report_page
+from eigendamage.report import write_page as write_page
 from eigendamage.surgery import Repairs as Repairs
 from eigendamage.surgery import apply_plan as apply_plan
 from eigendamage.surgery import recalibrate_batchnorm as recalibrate_batchnorm

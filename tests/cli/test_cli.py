@@ -91,6 +91,10 @@ def test_compress_writes_everything_that_rebuilds_the_model(images: Path, tmp_pa
     assert done.exit_code == 0, done.output
     report = ed.Report.load(out / "report.json")
     assert report.macs[1] <= 0.5 * report.macs[0]
+    assert (report.asked, list(report.spectra)) == ({"macs": 0.5}, list(report.layers))
+    assert report.command is not None
+    assert report.command.startswith("eigendamage ")
+    assert (out / "report.html").read_text(encoding="utf-8") == ed.report_page(report)
     assert report.measured_examples == 40
     assert json.loads(done.stdout[done.stdout.index("{") :])["method"] == "eigendamage"
 
@@ -105,6 +109,7 @@ def test_compress_writes_everything_that_rebuilds_the_model(images: Path, tmp_pa
         "curvature.safetensors",
         "model.safetensors",
         "plan.json",
+        "report.html",
         "report.json",
     ]
 
@@ -208,6 +213,9 @@ def test_demo_at_three_budgets(tmp_path: Path) -> None:
             assert (report["repaired"] is not None) == (method == "auto")
             assert (report["recalibrated"] is not None) == (method == "eigendamage")
             assert found["finetuned"] is None
+    page = (tmp_path / "demo-report.html").read_text(encoding="utf-8")
+    left = [entry["auto"]["report"]["macs"][1] / before for entry in budgets]
+    assert all(f"with {100 * fraction:.1f} % of the MACs" in page for fraction in left)
     sharing = [found["report"]["seconds"] for entry in budgets for found in entry.values()]
     assert ["curvature" in seconds for seconds in sharing] == [True] + 5 * [False]
     assert "…" not in done.output  # eighty columns are enough for the table

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import typer
@@ -16,7 +19,7 @@ from eigendamage.curvature import EigenvalueKind, Fisher, save_curvature
 from eigendamage.distributed import rank
 from eigendamage.files import written_beside
 from eigendamage.plan import ACTIONS, METHODS, Budget
-from eigendamage.report import print_report
+from eigendamage.report import print_report, write_page
 from eigendamage.training import FinetuneConfig, PolishConfig, crops_and_flips
 
 _PASSES = 10
@@ -118,9 +121,9 @@ def compress_command(
     --macs, --params, --bytes and --latency may be combined; --loss and --ratio stand alone.
     A run with --epochs that was stopped goes on if the same command is given again; what it needs
     for that, and every round's plan, weights and curvature, is in OUT/rounds.
-    The folder OUT gets model.safetensors (the weights of the smaller model), plan.json,
-    report.json and curvature.safetensors; the latter and the plan rebuild the smaller model from
-    the original one (eigendamage.apply_plan).
+    The folder OUT gets model.safetensors (the weights of the smaller model), report.json,
+    report.html (the same as a page for a browser), plan.json and curvature.safetensors; the latter
+    two rebuild the smaller model from the original one (eigendamage.apply_plan).
     """
     refuse_unwritable(out)
     floor_of, allowed = floors(floor), kinds(actions)
@@ -170,6 +173,10 @@ def compress_command(
     )
     if rank() > 0:
         return
+    report = result.report.model_copy(
+        update={"command": shlex.join(["eigendamage", *sys.argv[1:]])}
+    )
+    result = replace(result, report=report)
     _write(result, out)
     if as_json:
         typer.echo(result.report.model_dump_json(indent=1))
@@ -191,3 +198,4 @@ def _write(result: Compressed, out: Path) -> None:
     save_curvature(result.curvature, out / "curvature.safetensors")
     result.plan.save(out / "plan.json")
     result.report.save(out / "report.json")
+    write_page(result.report, out / "report.html")

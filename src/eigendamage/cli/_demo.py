@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from eigendamage.curvature import Curvature
 from eigendamage.files import written_beside
 from eigendamage.measure import evaluate
 from eigendamage.plan import Budget
-from eigendamage.report import Report
+from eigendamage.report import Report, Sweep, SweepRow, write_page
 from eigendamage.training import FinetuneConfig, finetune
 
 BUDGETS = (0.7, 0.5, 0.35)
@@ -29,7 +31,10 @@ _BATCH = 125
 
 
 def demo_command(
-    out: Path = typer.Option(Path("eigendamage-demo.json"), help="Where the report goes, as JSON."),
+    out: Path = typer.Option(
+        Path("eigendamage-demo.json"),
+        help="Where the reports go, as JSON; beside it one as a page.",
+    ),
     seed: int = typer.Option(0, help="Of label draws, shuffling and augmentation."),
     finetuning: bool = typer.Option(False, help="Fine-tune each for one epoch, with labels."),
     as_json: bool = typer.Option(False, "--json", help="Print the report instead of the table."),
@@ -52,6 +57,7 @@ def demo_command(
     table = _empty_table(finetuning)
     curvature: Curvature | None = None
     entries: list[dict[str, Any]] = []
+    reports: list[Report] = []
     for fraction in BUDGETS:
         entry: dict[str, Any] = {}
         for method, label in _METHODS.items():
@@ -69,6 +75,8 @@ def demo_command(
             )
             seconds = time.perf_counter() - start
             report = result.report
+            if method == "auto":
+                reports.append(report)
             if curvature is None:
                 before = _percent(report.original.accuracy)
                 table.add_row("100%", "100%", "as it is", before)
@@ -100,9 +108,43 @@ def demo_command(
     )
     with written_beside(out) as beside:
         beside.write_text(document + "\n", encoding="utf-8")
+    page = out.with_name(f"{out.stem}-report.html")
+    command = shlex.join(["eigendamage", *sys.argv[1:]])
+    shown = reports[len(reports) // 2].model_copy(update={"command": command})
+    write_page(shown, page, sweep=_sweep(reports))
     console.print(f"Report: {out}")
+    console.print(f"As a page, auto at {shown.budget}: {page}")
     if as_json:
         typer.echo(document)
+
+
+def _sweep(reports: list[Report]) -> Sweep:
+    """The same model at all budgets."""
+    first = reports[0]
+    rows = (
+        SweepRow(
+            budget=report.budget,
+            macs=report.macs[1] / report.macs[0],
+            parameters=report.parameters[1] / report.parameters[0],
+            priced=report.predicted,
+            calibrated=None if report.truth is None else report.truth.calibrated,
+            gap=report.gap,
+            measured=report.final,
+            seconds=sum(report.seconds.values()),
+        )
+        for report in reports
+    )
+    return Sweep(
+        model=first.model,
+        examples=first.examples,
+        measured_on=first.measured_on,
+        measured_examples=first.measured_examples,
+        original=first.original,
+        rows=tuple(rows),
+        left_alone=first.left_alone,
+        seconds={},
+        environment=first.environment,
+    )
 
 
 def _empty_table(finetuning: bool) -> Table:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from torch import nn
 
 from eigendamage.batches import Data, iterable_of
+from eigendamage.compress._call import call_in_words, with_command
 from eigendamage.compress._once import check, once
 from eigendamage.compress._result import Compressed, Options
 from eigendamage.compress._rounds import RoundTraining, in_rounds
@@ -138,6 +139,7 @@ def compress(
         BudgetError: if the budget cannot be met; the message says what can.
         EigenDamageError: another of its subclasses, as `estimate_curvature` and `make_plan` say.
     """
+    said = call_in_words(compress, locals())
     ignored = (ignore,) if isinstance(ignore, str) else tuple(ignore)
     options = Options(
         budget=budget,
@@ -180,7 +182,8 @@ def compress(
         if directory is not None:
             raise EigenDamageError("a directory is for rounds with training; give epochs=")
         options = replace(options, shots=max(shots, rounds), back=rounds > 1)
-        return once(model, data, options, eval_data=eval_data, curvature=curvature)
+        result = once(model, data, options, eval_data=eval_data, curvature=curvature)
+        return with_command(result, said)
     # One view of the data for all rounds: a generator is used up by the first.
     data = list(data) if isinstance(data, Iterator) else data
     training = None
@@ -193,7 +196,7 @@ def compress(
         config.check()
         length_of(iterable_of(data if train_data is None else train_data))
         training = RoundTraining(data if train_data is None else train_data, config)
-    return in_rounds(
+    result = in_rounds(
         model,
         data,
         options,
@@ -203,6 +206,7 @@ def compress(
         curvature=curvature,
         directory=None if directory is None else Path(directory),
     )
+    return with_command(result, said)
 
 
 def _polish(wanted: int | PolishConfig) -> PolishConfig | None:

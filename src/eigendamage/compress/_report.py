@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
 from torch import nn
 
@@ -22,6 +23,7 @@ from eigendamage.report import (
     TrainingReport,
     calibration_by_layer,
     layer_reports,
+    spectra_by_layer,
 )
 
 
@@ -105,6 +107,8 @@ def report_of(
         model=type(beside.original).__name__,
         method=plan.title,
         budget=str(budget),
+        asked=budget.given,
+        made=datetime.now(UTC).isoformat(timespec="seconds"),
         ratio=plan.ratio,
         macs=(sizes[0].macs, sizes[1].macs),
         parameters=(sizes[0].parameters, sizes[1].parameters),
@@ -121,6 +125,7 @@ def report_of(
         layers=layer_reports(plan, first),
         left_alone=plan.left_alone,
         calibration=calibration_by_layer(rows),
+        spectra=spectra_by_layer(curvature),
         truth=truth,
         latency=None if last.latency is None else _product(chain),
         gap=plan.gap,

@@ -138,11 +138,13 @@ def in_rounds(
         report=result.report.model_copy(
             update={
                 "budget": str(options.budget),
+                "asked": options.budget.given,
                 "finetuned": tuned,
                 "rounds": tuple(reports),
                 "seconds": seconds,
                 "latency": left.get("latency"),
                 "predicted": _sum([one.predicted for one in reports]),
+                "environment": result.report.environment.model_copy(update={"seed": options.seed}),
             }
         ),
     )

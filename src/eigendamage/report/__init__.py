@@ -3,6 +3,7 @@
 from eigendamage.report._comparison import Comparison, Row, Settings
 from eigendamage.report._comparison_views import plot_comparison, print_comparison, ranked
 from eigendamage.report._measured import Measured
+from eigendamage.report._page import report_page, write_page
 from eigendamage.report._report import (
     Calibration,
     Environment,
@@ -11,6 +12,7 @@ from eigendamage.report._report import (
     calibration_by_layer,
     layer_reports,
 )
+from eigendamage.report._spectra import Spectra, Spectrum, spectra_by_layer
 from eigendamage.report._sweep import Sweep, SweepRow
 from eigendamage.report._sweep_views import plot_sweep, print_sweep
 from eigendamage.report._terminal import count_of, number, percent, print_report, render
@@ -29,6 +31,8 @@ __all__ = [
     "RoundReport",
     "Row",
     "Settings",
+    "Spectra",
+    "Spectrum",
     "Sweep",
     "SweepRow",
     "TrainingReport",
@@ -45,4 +49,7 @@ __all__ = [
     "print_sweep",
     "ranked",
     "render",
+    "report_page",
+    "spectra_by_layer",
+    "write_page",
 ]

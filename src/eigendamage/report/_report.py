@@ -25,6 +25,7 @@ from eigendamage.plan import (
     Repair,
 )
 from eigendamage.report._measured import Measured
+from eigendamage.report._spectra import Spectra
 from eigendamage.report._training import RoundReport, TrainingReport
 from eigendamage.report._truth import Truth
 
@@ -106,6 +107,9 @@ class Report(Document):
         model: class name of the model.
         method: name of the method.
         budget: what was asked for, in words.
+        asked: the same by name: fractions to leave, a divergence, or a ratio; see `Budget`.
+        command: what made it, as it was typed; None where that is not known.
+        made: when, in ISO 8601; None where that is not known.
         ratio: the fraction of units whose price the threshold reaches; see `Plan`.
         macs: of one example in the whole model, before and after, both as counted on a run.
         parameters: before and after, counted.
@@ -125,6 +129,7 @@ class Report(Document):
         layers: each layer of the plan.
         left_alone: every other module with parameters, with the reason.
         calibration: trace of each layer's Fisher block, three ways.
+        spectra: how each layer's curvature falls off.
         truth: predictions held against measurements on inputs held out of ``data``; None where
             nothing was held out.
         latency: the fraction of the original's latency that is left, where it was measured.
@@ -138,6 +143,9 @@ class Report(Document):
     model: str
     method: str
     budget: str
+    asked: Mapping[str, float] = {}
+    command: str | None = None
+    made: str | None = None
     ratio: float | None
     macs: tuple[float, float]
     parameters: tuple[int, int]
@@ -156,6 +164,7 @@ class Report(Document):
     layers: Mapping[str, LayerReport]
     left_alone: Mapping[str, str]
     calibration: Mapping[str, Calibration]
+    spectra: Mapping[str, Spectra] = {}
     truth: Truth | None = None
     latency: float | None = None
     gap: float | None = None
@@ -169,6 +178,19 @@ class Report(Document):
         return (
             self.finetuned or self.polished or self.recalibrated or self.repaired or self.compressed
         )
+
+    @property
+    def versions(self) -> tuple[tuple[str, Measured], ...]:
+        """Each version that was measured, in words, from the original to the one handed back."""
+        all_of_them = (
+            ("original", self.original),
+            ("right after surgery", self.compressed),
+            ("repaired", self.repaired),
+            ("batch norm recalibrated", self.recalibrated),
+            ("polished", self.polished),
+            ("fine-tuned", self.finetuned),
+        )
+        return tuple((what, measured) for what, measured in all_of_them if measured is not None)
 
     def rise(self, measured: Measured) -> float | None:
         """Rise of a version's mean loss over the original's, where there are labels."""

@@ -79,24 +79,16 @@ def _measured(report: Report) -> Table:
     columns = ("accuracy", "loss", "rise of loss", "divergence", *(["perplexity"] * by_token))
     for column in columns:
         table.add_column(column, justify="right")
-    rows: list[tuple[str, Measured | None]] = [
-        ("original", report.original),
-        ("right after surgery", report.compressed),
-        ("repaired", report.repaired),
-        ("batch norm recalibrated", report.recalibrated),
-        (f"polished, {report.seconds.get('polish', 0.0):.0f} s", report.polished),
-        ("fine-tuned", report.finetuned),
-    ]
-    for what, m in rows:
-        if m is not None:
-            table.add_row(
-                what,
-                percent(m.accuracy),
-                number(m.loss),
-                "" if m is report.original else number(report.rise(m)),
-                "" if m is report.original else number(m.divergence),
-                *([number(m.perplexity)] * by_token),
-            )
+    for what, m in report.versions:
+        spent = f", {report.seconds.get('polish', 0.0):.0f} s" if m is report.polished else ""
+        table.add_row(
+            what + spent,
+            percent(m.accuracy),
+            number(m.loss),
+            "" if m is report.original else number(report.rise(m)),
+            "" if m is report.original else number(m.divergence),
+            *([number(m.perplexity)] * by_token),
+        )
     table.add_section()
     table.add_row("predicted", "", "", number(report.predicted), number(report.predicted))
     return table
@@ -135,14 +127,8 @@ def _together(truth: Truth) -> Table:
     table.add_column("")
     table.add_column("divergence", justify="right")
     table.add_column("measured / it", justify="right")
-    predictions = [
-        ("priced", truth.priced, truth.measured),
-        ("calibrated", truth.calibrated, truth.measured),
-        ("joint quadratic, before repair", truth.quadratic, truth.before_repair),
-    ]
-    for what, predicted, measured in predictions:
-        if predicted is not None:
-            table.add_row(what, number(predicted), _times(measured, predicted))
+    for what, predicted, measured in truth.predictions:
+        table.add_row(what, number(predicted), _times(measured, predicted))
     table.add_section()
     table.add_row("measured before repair", number(truth.before_repair), "")
     if truth.after_repair is not None:

@@ -58,6 +58,16 @@ class Truth(Frozen):
         return self.before_repair if self.after_repair is None else self.after_repair
 
     @property
+    def predictions(self) -> tuple[tuple[str, float, float], ...]:
+        """Each prediction that was made, in words, with what was measured of the same model."""
+        all_of_them = (
+            ("priced", self.priced, self.measured),
+            ("calibrated", self.calibrated, self.measured),
+            ("joint quadratic, before repair", self.quadratic, self.before_repair),
+        )
+        return tuple((what, p, measured) for what, p, measured in all_of_them if p is not None)
+
+    @property
     def factor(self) -> float | None:
         """How many times the prediction was measured; None for a prediction of nothing."""
         return self.measured / self.predicted if self.predicted > 0 else None
