@@ -19,11 +19,9 @@ from eigendamage.errors import EigenDamageError
 from eigendamage.plan import (
     ACTIONS,
     ActionKind,
-    AutoMethod,
     Budget,
     FormChoice,
     RankBy,
-    method_named,
 )
 from eigendamage.training import FinetuneConfig, PolishConfig, length_of
 
@@ -157,7 +155,7 @@ def compress(
         refine=refine,
         calibrate=calibrate,
         repair=repair,
-        polish=_polish(polish),
+        polish=polish_config(polish),
         shots=shots,
         back=False,
         latency_batch=latency_batch,
@@ -172,8 +170,8 @@ def compress(
     check(options)
     if options.polish is not None:
         options.polish.training(seed)
-    auto = isinstance(method_named(method), AutoMethod)
-    _check_steps(shots, rounds, epochs, auto, budget)
+    auto = options.auto
+    check_steps(shots, rounds, epochs, auto=auto, budget=budget)
     if epochs == 0 and (train_data is not None or finetuning is not None):
         raise EigenDamageError("train_data and finetuning are for training; give epochs=")
     if epochs == 0 and (auto or rounds == 1):
@@ -205,7 +203,7 @@ def compress(
     )
 
 
-def _polish(wanted: int | PolishConfig) -> PolishConfig | None:
+def polish_config(wanted: int | PolishConfig) -> PolishConfig | None:
     """How to polish; None for not at all.
 
     Raises:
@@ -220,7 +218,12 @@ def _polish(wanted: int | PolishConfig) -> PolishConfig | None:
     return PolishConfig(passes=wanted) if wanted else None
 
 
-def _check_steps(shots: int, rounds: int, epochs: int, auto: bool, budget: Budget) -> None:
+def check_steps(shots: int, rounds: int, epochs: int, *, auto: bool, budget: Budget) -> None:
+    """Refuse steps that are no counts, or do not go with each other, the method or the budget.
+
+    Raises:
+        EigenDamageError: saying which.
+    """
     for what, value, least in (("shots", shots, 1), ("rounds", rounds, 1), ("epochs", epochs, 0)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:  # pyright: ignore[reportUnnecessaryIsInstance]
             raise EigenDamageError(
