@@ -2,6 +2,7 @@
 
 from eigendamage import zoo as zoo
 from eigendamage._version import __version__ as __version__
+from eigendamage.columns import column_batches as column_batches
 from eigendamage.compare import compare as compare
 from eigendamage.compress import Compressed as Compressed
 from eigendamage.compress import compress as compress

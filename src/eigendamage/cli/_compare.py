@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from eigendamage import zoo
+from eigendamage.batches import iterable_of
 from eigendamage.cli._completion import MODEL_HELP, model_names
 from eigendamage.cli._parsing import budgets as budgets_of
 from eigendamage.cli._sources import Images, load_data, load_model
@@ -120,4 +121,4 @@ def _training(
     if isinstance(data, zoo.ImageBatches):
         source = data.source.take(slice(0, examples))
         return lambda: source.batches(batch_size, shuffle_seed=seed, augment=True)
-    return lambda: data
+    return lambda: iterable_of(data)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from torch import nn
 
 from eigendamage.batches import Data, iterable_of
+from eigendamage.columns import fitted
 from eigendamage.compress._once import check, once
 from eigendamage.compress._result import Compressed, Options
 from eigendamage.compress._rounds import RoundTraining, in_rounds
@@ -73,8 +74,10 @@ def compress(
 
     Args:
         model: the trained network.
-        data: some of its inputs in batches, in the same order in every pass; labels are not needed
-            unless ``fisher="empirical"``.
+        data: some of its inputs in batches, in the same order in every pass: a DataLoader, a torch
+            Dataset, any iterable (a generator is kept in memory), or a ``datasets.Dataset``, of
+            which `column_batches` makes batches of 64. Labels are not needed unless
+            ``fisher="empirical"``.
         budget: how small the result has to be.
         method: see `make_plan`; likewise ``variant``, ``max_ratio``, ``form``, ``damping``,
             ``rank_by``, ``actions``, ``floors`` and ``refine``.
@@ -136,6 +139,8 @@ def compress(
         BudgetError: if the budget cannot be met; the message says what can.
         EigenDamageError: another of its subclasses, as `estimate_curvature` and `make_plan` say.
     """
+    data, eval_data = fitted(data, model), fitted(eval_data, model)
+    train_data = fitted(train_data, model)
     ignored = (ignore,) if isinstance(ignore, str) else tuple(ignore)
     options = Options(
         budget=budget,
@@ -189,8 +194,9 @@ def compress(
             )
         config = replace(finetuning or FinetuneConfig(seed=seed), epochs=epochs)
         config.check()
-        length_of(iterable_of(data if train_data is None else train_data))
-        training = RoundTraining(data if train_data is None else train_data, config)
+        source = iterable_of(data if train_data is None else train_data)
+        length_of(source)
+        training = RoundTraining(source, config)
     return in_rounds(
         model,
         data,

@@ -9,6 +9,7 @@ from typing import Literal
 from torch import nn
 
 from eigendamage.batches import Data
+from eigendamage.columns import fitted
 from eigendamage.compress._compress import check_steps, polish_config
 from eigendamage.compress._once import check, plan_of, prepared_for
 from eigendamage.compress._planned import planned
@@ -126,7 +127,7 @@ def preview(
     check(options)
     check_steps(shots, rounds, 0, auto=options.auto, budget=budget)
     options = replace(options, budget=budget.step(1 / max(shots, rounds), {}))
-    ready = prepared_for(model, data, options)
+    ready = prepared_for(model, fitted(data, model), options)
     ignored = options.ignore
     if curvature is None:
         curvature, ignored = ready.curvature(model, ignored), ()
