@@ -111,7 +111,7 @@ def callable_named(name: str) -> Callable[[], Any]:
 
 def _made(name: str) -> nn.Module:
     if ":" not in name:
-        raise EigenDamageError(f"the model '{name}' is none of {FORMS}")
+        raise EigenDamageError(f"the model '{name}' is of no known form; expected {FORMS}")
     built = callable_named(name)()
     if not isinstance(built, nn.Module):
         raise EigenDamageError(
