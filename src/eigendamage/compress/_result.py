@@ -9,7 +9,15 @@ from typing import Literal
 from torch import nn
 
 from eigendamage.curvature import Curvature, EigenvalueKind, Fisher, Loss
-from eigendamage.plan import ActionKind, Budget, FormChoice, Plan, RankBy
+from eigendamage.plan import (
+    ActionKind,
+    AutoMethod,
+    Budget,
+    FormChoice,
+    Plan,
+    RankBy,
+    method_named,
+)
 from eigendamage.report import Report
 from eigendamage.surgery import Repairs
 from eigendamage.training import PolishConfig
@@ -71,3 +79,8 @@ class Options:
     reduction: Literal["mean", "sum"]
     seed: int
     progress: bool
+
+    @property
+    def auto(self) -> bool:
+        """Whether plans are made from menus."""
+        return isinstance(method_named(self.method), AutoMethod)

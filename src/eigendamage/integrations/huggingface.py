@@ -3,18 +3,66 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from importlib import import_module
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from eigendamage.errors import DataError, EigenDamageError
+from eigendamage.errors import DataError, EigenDamageError, FileFormatError, MismatchError
+from eigendamage.integrations._extras import required
 from eigendamage.layers import copy_model
 
 TokenBatch = dict[str, Tensor]
 """``input_ids`` and ``attention_mask``, both (batch, tokens) of int64."""
+
+
+def pretrained_model(path: str) -> nn.Module:
+    """A model of transformers with its weights, in eval mode, with plain Linear layers.
+
+    The class is the first of the configuration's ``architectures``. Weights are read from
+    safetensors alone, and no code from the folder is run.
+
+    Args:
+        path: a folder that ``save_pretrained`` wrote, or an id of the hub (network).
+
+    Raises:
+        ExtraError: if transformers is not installed.
+        FileFormatError: if there is no such model, it has no safetensors, or its configuration
+            names no class of transformers.
+        MismatchError: if the file lacks weights of the model.
+    """
+    transformers: Any = required("transformers", "huggingface")
+    try:
+        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise FileFormatError(f"hf:{path} cannot be read: {_first_line(error)}") from error
+    name = next(iter(config.architectures or ()), None)
+    kind = None if name is None else getattr(transformers, name, None)
+    if kind is None:
+        raise FileFormatError(
+            f"the configuration of hf:{path} names "
+            f"{'no architecture' if name is None else repr(name)}, which transformers "
+            f"{transformers.__version__} has not; build the model yourself and give module:callable"
+        )
+    try:
+        model, loaded = kind.from_pretrained(
+            path, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise FileFormatError(
+            f"hf:{path} cannot be read as {name} from safetensors: {_first_line(error)}"
+        ) from error
+    if missing := sorted(loaded["missing_keys"]):
+        raise MismatchError(
+            f"hf:{path} lacks {len(missing)} weights of {name}, '{missing[0]}' first; they would "
+            f"be random. Take the model that was trained as {name}"
+        )
+    return plain_linears(model).eval()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def plain_linears(model: nn.Module) -> nn.Module:
@@ -24,7 +72,8 @@ def plain_linears(model: nn.Module) -> nn.Module:
     knows Linear alone. Dotted paths stay. Without a ``Conv1D`` it is a plain copy.
 
     Raises:
-        EigenDamageError: if transformers is not installed, or the model is a lone ``Conv1D``.
+        ExtraError: if transformers is not installed.
+        EigenDamageError: if the model is a lone ``Conv1D``.
     """
     conv1d = _conv1d()
     if isinstance(model, conv1d):
@@ -121,12 +170,7 @@ class MeanPooled(nn.Module):
 
 
 def _conv1d() -> type[nn.Module]:
-    try:
-        return import_module("transformers.pytorch_utils").Conv1D
-    except ImportError as error:
-        raise EigenDamageError(
-            "transformers is not installed; pip install 'eigendamage[huggingface]'"
-        ) from error
+    return required("transformers.pytorch_utils", "huggingface").Conv1D
 
 
 def _as_linear(module: Any) -> nn.Linear:
