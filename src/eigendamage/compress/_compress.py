@@ -11,7 +11,7 @@ from torch import nn
 
 from eigendamage.batches import Data, iterable_of
 from eigendamage.compress._once import check, once
-from eigendamage.compress._result import Compressed, Options
+from eigendamage.compress._result import Compressed, Options, noted
 from eigendamage.compress._rounds import RoundTraining, in_rounds
 from eigendamage.curvature import Curvature, EigenvalueKind, Fisher, Loss
 from eigendamage.distributed import one_fate
@@ -180,7 +180,7 @@ def compress(
         if directory is not None:
             raise EigenDamageError("a directory is for rounds with training; give epochs=")
         options = replace(options, shots=max(shots, rounds), back=rounds > 1)
-        return once(model, data, options, eval_data=eval_data, curvature=curvature)
+        return noted(once(model, data, options, eval_data=eval_data, curvature=curvature))
     # One view of the data for all rounds: a generator is used up by the first.
     data = list(data) if isinstance(data, Iterator) else data
     training = None
@@ -193,7 +193,7 @@ def compress(
         config.check()
         length_of(iterable_of(data if train_data is None else train_data))
         training = RoundTraining(data if train_data is None else train_data, config)
-    return in_rounds(
+    result = in_rounds(
         model,
         data,
         options,
@@ -203,6 +203,7 @@ def compress(
         curvature=curvature,
         directory=None if directory is None else Path(directory),
     )
+    return noted(result)
 
 
 def _polish(wanted: int | PolishConfig) -> PolishConfig | None:
