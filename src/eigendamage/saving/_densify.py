@@ -53,17 +53,14 @@ def _dense(factored: FactoredConv2d | FactoredLinear) -> nn.Module:
             device="meta",
         )
     with torch.no_grad():
-        wide = copy_model(factored).double()
-        weight = cast(Tensor, wide.weight).to(last.weight.dtype)
-        if _in_channels_last(factored):
-            weight = weight.contiguous(memory_format=torch.channels_last)
+        wide = copy_model(factored).cpu().double()
+        weight = cast(Tensor, wide.weight).to(last.weight)
+    # In channels_last where the stages are.
+    channels_last = any(not p.is_contiguous() for p in factored.parameters())
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    weight = weight.contiguous(memory_format=layout)
     new.weight = nn.Parameter(weight, requires_grad=last.weight.requires_grad)
     if bias is not None:
         new.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
     set_origin(new, reshaped_origin(factored))
     return new.train(factored.training)
-
-
-def _in_channels_last(factored: nn.Module) -> bool:
-    """Whether a factored convolution has its weights in channels_last."""
-    return any(not p.is_contiguous() for p in factored.parameters())

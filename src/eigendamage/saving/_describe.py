@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, cast
 
 import torch
@@ -91,6 +92,17 @@ def is_masked(module: nn.Module) -> bool:
     return prune.is_pruned(module) and hasattr(module, "weight_mask")
 
 
+def is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether these strides fill memory without gaps and without overlap, in any order of axes."""
+    step = 1
+    for stride, size in sorted(zip(strides, shape, strict=True)):
+        if size > 1:
+            if stride != step:
+                return False
+            step *= size
+    return True
+
+
 def _stage(path: str, part: nn.Module) -> Stage:
     names = {name for name, _ in saved_tensors(part)}
     if not isinstance(part, nn.Linear | nn.Conv2d) or not names <= {"weight", "bias"}:
@@ -125,6 +137,11 @@ def _dropped(kept: Shape | None, count: int) -> Shape:
     return () if kept is None else tuple(sorted(set(range(count)) - set(kept)))
 
 
+def _by_rows(tensor: Tensor) -> bool:
+    # Not is_contiguous: it is blind to axes of size 1, by whose strides kernels choose a format.
+    return tensor.stride() == torch.empty(tensor.shape, device="meta").stride()
+
+
 def _ties_and_layouts(model: nn.Module) -> tuple[dict[str, str], dict[str, Shape]]:
     first: dict[int, str] = {}
     ties: dict[str, str] = {}
@@ -133,9 +150,10 @@ def _ties_and_layouts(model: nn.Module) -> tuple[dict[str, str], dict[str, Shape
         known = first.setdefault(id(tensor), name)
         if known != name:
             ties[name] = known
-        elif tensor.stride() != torch.empty(tensor.shape, device="meta").stride():
-            layouts[name] = tuple(tensor.dim_order())
-    extra = [name for name in model.state_dict() if name not in set(first.values()) | set(ties)]
+        elif not _by_rows(tensor) and is_dense(tensor.shape, tensor.stride()):
+            layouts[name] = tensor.stride()
+    stored = set(first.values())
+    extra = [name for name in model.state_dict() if name not in stored and name not in ties]
     if extra:
         raise EigenDamageError(
             f"the model's state has '{extra[0]}', which is no parameter or buffer; only tensors "

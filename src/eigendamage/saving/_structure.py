@@ -110,8 +110,7 @@ class Structure(Document):
         original: shape of every parameter and persistent buffer of the original, by name.
         modules: those that were changed, by dotted path.
         ties: names of tensors that are stored under another name, which is the same tensor.
-        layouts: for tensors that are not laid out row by row in memory, their axes from the one
-            with the largest step to the one with the smallest.
+        layouts: strides of tensors that are not laid out row by row in memory.
     """
 
     model_config = ConfigDict(strict=True)

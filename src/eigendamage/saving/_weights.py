@@ -7,13 +7,14 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from eigendamage.errors import EigenDamageError, FileFormatError
 from eigendamage.layers import saved_tensors
-from eigendamage.saving._describe import is_masked
+from eigendamage.saving._describe import is_dense, is_masked
 from eigendamage.saving._structure import Structure
 
 
@@ -109,9 +110,7 @@ def _fill(
                 raise FileFormatError(
                     f"'{key}' in {told} is {value.dtype}, the model's is {tensor.dtype}"
                 )
-            if name in structure.layouts:
-                value = _laid_out(name, value, structure.layouts[name])
-            value = value.to(places[name])
+            value = _laid_out(name, value, structure.layouts.get(name)).to(places[name])
             if isinstance(tensor, nn.Parameter):
                 value = nn.Parameter(value, requires_grad=tensor.requires_grad)
                 vars(value).update(vars(tensor))
@@ -127,8 +126,13 @@ def _kind(tensor: Tensor) -> tuple[bool, bool]:
     return tensor.is_floating_point(), tensor.is_complex()
 
 
-def _laid_out(name: str, value: Tensor, order: Sequence[int]) -> Tensor:
-    if sorted(order) != list(range(value.ndim)):
-        raise FileFormatError(f"the layout of '{name}' is {tuple(order)}, of {value.ndim} axes")
-    back = [order.index(axis) for axis in range(value.ndim)]
-    return value.permute(*order).contiguous().permute(back)
+def _laid_out(name: str, value: Tensor, strides: Sequence[int] | None) -> Tensor:
+    """The value in memory of its own: kernels round by alignment, which the file's has not."""
+    if strides is None:
+        return value.clone(memory_format=torch.contiguous_format)
+    if len(strides) != value.ndim or not is_dense(value.shape, strides):
+        raise FileFormatError(
+            f"the layout of '{name}' is {tuple(strides)}, which are no strides of shape "
+            f"{tuple(value.shape)}"
+        )
+    return torch.empty_strided(value.shape, tuple(strides), dtype=value.dtype).copy_(value)
