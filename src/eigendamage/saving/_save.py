@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -27,6 +27,7 @@ STRUCTURE = "structure.json"
 _FILES = (WEIGHTS, PLAN, REPORT, STRUCTURE)  # the structure last: it says that all is there
 
 
+@runtime_checkable
 class Result(Protocol):
     """A model with the plan and the report that came with it, as `compress` returns."""
 

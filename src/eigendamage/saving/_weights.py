@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -68,14 +68,28 @@ def read_weights(
                 raise FileFormatError(f"{path} is not a whole safetensors file: {error}") from error
             where.update(dict.fromkeys(opened.keys(), opened))
         told = ", ".join(str(path) for path in files)
-        _compare(told, model, structure, where)
-        _fill(told, model, structure, where, places)
+        keys = _keys([name for name, _ in saved_tensors(model)], structure.ties, where)
+        _compare(told, model, keys, where)
+        _fill(told, model, structure.layouts, keys, where, places)
 
 
-def _compare(told: str, model: nn.Module, structure: Structure, where: Mapping[str, Any]) -> None:
+def _keys(
+    names: Iterable[str], ties: Mapping[str, str], where: Mapping[str, Any]
+) -> dict[str, str]:
+    """Under which name each tensor is stored; other libraries choose others of its names."""
+    tied: dict[str, list[str]] = {}
+    for name, first in ties.items():
+        tied.setdefault(first, [first]).append(name)
+    stored = {first: next((n for n in group if n in where), first) for first, group in tied.items()}
+    return {name: stored.get(ties.get(name, name), name) for name in names}
+
+
+def _compare(
+    told: str, model: nn.Module, keys: Mapping[str, str], where: Mapping[str, Any]
+) -> None:
     stored: dict[int, str] = {}
     for name, tensor in saved_tensors(model):
-        key = structure.ties.get(name, name)
+        key = keys[name]
         if key not in where:
             raise FileFormatError(f"{told} has no '{key}', which the model has")
         shape = tuple(where[key].get_slice(key).get_shape())
@@ -97,20 +111,21 @@ def _compare(told: str, model: nn.Module, structure: Structure, where: Mapping[s
 def _fill(
     told: str,
     model: nn.Module,
-    structure: Structure,
+    layouts: Mapping[str, Sequence[int]],
+    keys: Mapping[str, str],
     where: Mapping[str, Any],
     places: Mapping[str, torch.device],
 ) -> None:
     filled: dict[int, Tensor] = {}
     for name, tensor in list(saved_tensors(model)):
         if id(tensor) not in filled:
-            key = structure.ties.get(name, name)
+            key = keys[name]
             value = where[key].get_tensor(key)
             if _kind(value) != _kind(tensor):
                 raise FileFormatError(
                     f"'{key}' in {told} is {value.dtype}, the model's is {tensor.dtype}"
                 )
-            value = _laid_out(name, value, structure.layouts.get(name)).to(places[name])
+            value = _laid_out(name, value, layouts.get(name)).to(places[name])
             if isinstance(tensor, nn.Parameter):
                 value = nn.Parameter(value, requires_grad=tensor.requires_grad)
                 vars(value).update(vars(tensor))
