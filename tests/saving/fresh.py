@@ -12,9 +12,8 @@ from torch import nn
 import eigendamage as ed
 from tests.cases import CASES
 from tests.networks import NETWORKS
-from tests.transformer_networks import Fused, Gated, Plain, transformer
+from tests.transformer_networks import Fused, transformer
 
-CONVOLUTIONAL = ("resnet", "vgg, flattened", "mobilenet", "densenet")
 EXPECTED = "expected.safetensors"
 
 
@@ -25,7 +24,7 @@ def fresh(name: str) -> nn.Module:
     if name in NETWORKS:
         torch.manual_seed(0)
         return NETWORKS[name].build().double().eval()
-    return transformer(Fused("by kind", counted=True), Gated(), Plain())
+    return transformer(Fused("by kind", counted=True))
 
 
 def main(root: Path) -> None:

@@ -34,7 +34,8 @@ def describe(model: nn.Module) -> Structure:
     """The structure of a model, by what surgery noted on its modules and by how they are now.
 
     Raises:
-        EigenDamageError: if the model has state that is no tensor.
+        EigenDamageError: if the model has state that is no tensor, or a sparse one, or one without
+            values.
         LayerError: if a stage of a factored layer is no plain layer any more.
     """
     original: dict[str, Shape] = {}
@@ -147,6 +148,9 @@ def _ties_and_layouts(model: nn.Module) -> tuple[dict[str, str], dict[str, Shape
     ties: dict[str, str] = {}
     layouts: dict[str, Shape] = {}
     for name, tensor in saved_tensors(model):
+        if tensor.layout != torch.strided or tensor.is_meta:
+            what = "on the meta device" if tensor.is_meta else f"of layout {tensor.layout}"
+            raise EigenDamageError(f"'{name}' is {what}; only dense tensors with values are saved")
         known = first.setdefault(id(tensor), name)
         if known != name:
             ties[name] = known
