@@ -287,7 +287,10 @@ def test_torchrun_writes_the_plan_of_one_process(
         assert mine.model_dump(exclude={"basis"}) == its.model_dump(exclude={"basis"})
         assert two.layers[name].price == pytest.approx(layer.price, rel=1e-3)
     left = {f.name for f in (tmp_path / "two").iterdir()}
-    assert left == {"model.safetensors", "plan.json", "report.json", "curvature.safetensors"}
+    assert left == {
+        *("model.safetensors", "structure.json", "plan.json", "report.json"),
+        "curvature.safetensors",
+    }
 
 
 def test_other_commands_are_refused_in_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:

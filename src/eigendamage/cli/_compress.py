@@ -6,7 +6,6 @@ from pathlib import Path
 
 import typer
 from rich.console import Console
-from safetensors.torch import save_file
 
 from eigendamage.cli._parsing import floors, kinds, refuse_unwritable
 from eigendamage.cli._processes import home
@@ -14,9 +13,9 @@ from eigendamage.cli._sources import Training, load_data, load_model
 from eigendamage.compress import Compressed, compress
 from eigendamage.curvature import EigenvalueKind, Fisher, save_curvature
 from eigendamage.distributed import rank
-from eigendamage.files import written_beside
 from eigendamage.plan import ACTIONS, METHODS, Budget
 from eigendamage.report import print_report
+from eigendamage.saving import save
 from eigendamage.training import FinetuneConfig, PolishConfig, crops_and_flips
 
 _PASSES = 10
@@ -118,9 +117,9 @@ def compress_command(
     --macs, --params, --bytes and --latency may be combined; --loss and --ratio stand alone.
     A run with --epochs that was stopped goes on if the same command is given again; what it needs
     for that, and every round's plan, weights and curvature, is in OUT/rounds.
-    The folder OUT gets model.safetensors (the weights of the smaller model), plan.json,
-    report.json and curvature.safetensors; the latter and the plan rebuild the smaller model from
-    the original one (eigendamage.apply_plan).
+    The folder OUT gets model.safetensors (the weights of the smaller model), structure.json,
+    plan.json, report.json and curvature.safetensors; eigendamage.load makes the smaller model
+    again of the original one and OUT.
     """
     refuse_unwritable(out)
     floor_of, allowed = floors(floor), kinds(actions)
@@ -183,11 +182,5 @@ def compress_command(
 
 def _write(result: Compressed, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        k: v.detach().cpu().clone().contiguous() for k, v in result.model.state_dict().items()
-    }
-    with written_beside(out / "model.safetensors") as beside:
-        save_file(tensors, beside)
     save_curvature(result.curvature, out / "curvature.safetensors")
-    result.plan.save(out / "plan.json")
-    result.report.save(out / "report.json")
+    save(result, out)
