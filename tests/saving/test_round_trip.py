@@ -94,6 +94,7 @@ def test_every_method_on_every_network_in_a_new_process(tmp_path: Path) -> None:
         expected = {k: v.contiguous().clone() for k, v in small.model.state_dict().items()}
         with torch.no_grad():
             output = small.model(small.x)
+            assert torch.equal(ed.load(fresh(name), folder)(small.x), output), (name, method)
         save_file({**expected, "input": small.x, "output": output}, folder / EXPECTED)
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "tests.saving.fresh", str(tmp_path)],
