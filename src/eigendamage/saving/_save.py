@@ -89,8 +89,9 @@ def load(
     """The model that `save` wrote, made of the original model and the folder.
 
     The structure is rebuilt without curvature or data, then the weights are read. The loaded
-    model's state dict equals that of the saved one bit for bit, dtypes included. Its mode, its hooks
-    and the buffers that are not in the state dict are those of ``model``, which is not changed.
+    model's state dict equals that of the saved one bit for bit, dtypes included. Its mode, its
+    hooks and the buffers that are not in the state dict are those of ``model``, which is not
+    changed.
 
     Args:
         model: the original, not compressed, as it was given to `compress`; its weights do not
