@@ -68,6 +68,10 @@ from eigendamage.report import print_report as print_report
 from eigendamage.report import print_sweep as print_sweep
 from eigendamage.report import report_page as report_page
 from eigendamage.report import write_page as write_page
+from eigendamage.saving import Structure as Structure
+from eigendamage.saving import densify as densify
+from eigendamage.saving import load as load
+from eigendamage.saving import save as save
 from eigendamage.surgery import Repairs as Repairs
 from eigendamage.surgery import apply_plan as apply_plan
 from eigendamage.surgery import recalibrate_batchnorm as recalibrate_batchnorm

@@ -100,8 +100,11 @@ def test_compress_writes_everything_that_rebuilds_the_model(images: Path, tmp_pa
 
     plan = ed.Plan.load(out / "plan.json")
     curvature = ed.load_curvature(out / "curvature.safetensors")
-    small = ed.apply_plan(zoo.demo_network(), plan, curvature)
-    small.load_state_dict(load_file(out / "model.safetensors"))
+    again = ed.apply_plan(zoo.demo_network(), plan, curvature)
+    again.load_state_dict(load_file(out / "model.safetensors"))
+    small = ed.load(zoo.demo_network(), out)
+    state = again.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in small.state_dict().items())
     x = zoo.load_images(images, "test").images
     found = ed.evaluate(small, [x], reference=zoo.demo_network(), progress=False)
     assert found.divergence == pytest.approx(report.final.divergence, rel=1e-4)
@@ -111,6 +114,7 @@ def test_compress_writes_everything_that_rebuilds_the_model(images: Path, tmp_pa
         "plan.json",
         "report.html",
         "report.json",
+        "structure.json",
     ]
 
 

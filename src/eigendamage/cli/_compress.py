@@ -9,7 +9,6 @@ from pathlib import Path
 
 import typer
 from rich.console import Console
-from safetensors.torch import save_file
 
 from eigendamage.cli._completion import MODEL_HELP, method_names, model_names
 from eigendamage.cli._parsing import budget as budget_of
@@ -19,9 +18,9 @@ from eigendamage.cli._sources import Training, load_data, load_model
 from eigendamage.compress import Compressed, compress, preview
 from eigendamage.curvature import EigenvalueKind, Fisher, save_curvature
 from eigendamage.distributed import rank
-from eigendamage.files import written_beside
 from eigendamage.plan import ACTIONS, METHODS
-from eigendamage.report import PlanReport, print_plan, print_report, write_page
+from eigendamage.report import PlanReport, print_plan, print_report
+from eigendamage.saving import save
 from eigendamage.training import FinetuneConfig, PolishConfig, crops_and_flips
 
 _PASSES = 10
@@ -133,10 +132,10 @@ def compress_command(
     --macs, --params, --bytes and --latency may be combined; --loss and --ratio stand alone.
     A run with --epochs that was stopped goes on if the same command is given again; what it needs
     for that, and every round's plan, weights and curvature, is in OUT/rounds.
-    The folder OUT gets model.safetensors (the weights of the smaller model), report.json,
-    report.html (the same as a page for a browser), plan.json and curvature.safetensors; the latter
-    two rebuild the smaller model from the original one (eigendamage.apply_plan). With --dry-run
-    nothing is written at all.
+    The folder OUT gets model.safetensors (the weights of the smaller model), structure.json,
+    plan.json, report.json, report.html (the same as a page for a browser) and
+    curvature.safetensors; eigendamage.load makes the smaller model again of the original one and
+    OUT. With --dry-run nothing is written at all.
     """
     refuse_unwritable(out)
     floor_of, allowed = floors(floor), kinds(actions)
@@ -242,12 +241,5 @@ def _show(plan: PlanReport, *, as_json: bool, quiet: bool) -> None:
 
 def _write(result: Compressed, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        k: v.detach().cpu().clone().contiguous() for k, v in result.model.state_dict().items()
-    }
-    with written_beside(out / "model.safetensors") as beside:
-        save_file(tensors, beside)
     save_curvature(result.curvature, out / "curvature.safetensors")
-    result.plan.save(out / "plan.json")
-    result.report.save(out / "report.json")
-    write_page(result.report, out / "report.html")
+    save(result, out)

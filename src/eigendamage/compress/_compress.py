@@ -13,7 +13,7 @@ from eigendamage.batches import Data, iterable_of
 from eigendamage.columns import fitted
 from eigendamage.compress._call import call_in_words, with_command
 from eigendamage.compress._once import check, once
-from eigendamage.compress._result import Compressed, Options
+from eigendamage.compress._result import Compressed, Options, noted
 from eigendamage.compress._rounds import RoundTraining, in_rounds
 from eigendamage.curvature import Curvature, EigenvalueKind, Fisher, Loss
 from eigendamage.distributed import one_fate
@@ -186,7 +186,7 @@ def compress(
             raise EigenDamageError("a directory is for rounds with training; give epochs=")
         options = replace(options, shots=max(shots, rounds), back=rounds > 1)
         result = once(model, data, options, eval_data=eval_data, curvature=curvature)
-        return with_command(result, said)
+        return noted(with_command(result, said))
     # One view of the data for all rounds: a generator is used up by the first.
     data = list(data) if isinstance(data, Iterator) else data
     training = None
@@ -210,7 +210,7 @@ def compress(
         curvature=curvature,
         directory=None if directory is None else Path(directory),
     )
-    return with_command(result, said)
+    return noted(with_command(result, said))
 
 
 def polish_config(wanted: int | PolishConfig) -> PolishConfig | None:

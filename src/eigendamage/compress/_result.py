@@ -19,7 +19,7 @@ from eigendamage.plan import (
     method_named,
 )
 from eigendamage.report import Report
-from eigendamage.surgery import Repairs
+from eigendamage.surgery import Made, Repairs, set_made
 from eigendamage.training import PolishConfig
 
 
@@ -45,6 +45,12 @@ class Compressed:
     report: Report
     earlier: tuple[Plan, ...] = ()
     repairs: Repairs | None = None
+
+
+def noted(result: Compressed) -> Compressed:
+    """The same, with its plan and report noted on its model, for `save`."""
+    set_made(result.model, Made(result.plan, result.report))
+    return result
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,21 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from eigendamage.errors import DataError, EigenDamageError, FileFormatError, MismatchError
+from eigendamage.errors import DataError, FileFormatError, MismatchError
+from eigendamage.integrations._conv1d import plain_linears
 from eigendamage.integrations._extras import required
-from eigendamage.layers import copy_model
+from eigendamage.integrations._pretrained import from_pretrained, save_pretrained
+
+__all__ = [
+    "MeanPooled",
+    "TokenBatch",
+    "block_batches",
+    "from_pretrained",
+    "plain_linears",
+    "pretrained_model",
+    "save_pretrained",
+    "text_batches",
+]
 
 TokenBatch = dict[str, Tensor]
 """``input_ids`` and ``attention_mask``, both (batch, tokens) of int64."""
@@ -63,27 +75,6 @@ def pretrained_model(path: str) -> nn.Module:
 
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def plain_linears(model: nn.Module) -> nn.Module:
-    """A copy of a model in which GPT-2's ``Conv1D`` layers are ``nn.Linear`` with equal outputs.
-
-    ``Conv1D`` is a Linear layer that stores its weight transposed; everything else of the library
-    knows Linear alone. Dotted paths stay. Without a ``Conv1D`` it is a plain copy.
-
-    Raises:
-        ExtraError: if transformers is not installed.
-        EigenDamageError: if the model is a lone ``Conv1D``.
-    """
-    conv1d = _conv1d()
-    if isinstance(model, conv1d):
-        raise EigenDamageError("the model is a single Conv1D; give the model that it is a part of")
-    copy = copy_model(model)
-    found = [(path, m) for path, m in copy.named_modules() if isinstance(m, conv1d)]
-    for path, module in found:
-        parent, _, name = path.rpartition(".")
-        setattr(copy.get_submodule(parent), name, _as_linear(module))
-    return copy
 
 
 def text_batches(
@@ -167,21 +158,6 @@ class MeanPooled(nn.Module):
             return hidden.mean(1)
         weight = attention_mask.to(hidden.dtype).unsqueeze(-1)
         return (hidden * weight).sum(1) / weight.sum(1).clamp_min(1)
-
-
-def _conv1d() -> type[nn.Module]:
-    return required("transformers.pytorch_utils", "huggingface").Conv1D
-
-
-def _as_linear(module: Any) -> nn.Linear:
-    inputs, outputs = module.weight.shape
-    # On no device: the weights that it would be given at random are not wanted.
-    linear = nn.Linear(inputs, outputs, device="meta")
-    linear.weight = nn.Parameter(
-        module.weight.detach().T.contiguous(), requires_grad=module.weight.requires_grad
-    )
-    linear.bias = module.bias
-    return linear.train(module.training)
 
 
 def _padded(rows: Sequence[list[int]], padding: int) -> TokenBatch:
