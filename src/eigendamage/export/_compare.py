@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from eigendamage.batches import Batch
-from eigendamage.calls import device_of, first_call
-from eigendamage.errors import ExportError
+from eigendamage.calls import first_call
+from eigendamage.errors import DataError, ExportError
 from eigendamage.export._values import named_outputs, plain_output, with_size
 from eigendamage.layers import evaluating
 
@@ -21,18 +21,29 @@ Run = Callable[[Batch], Outputs]
 
 
 def references(model: nn.Module, batch: Batch, sizes: tuple[int, ...]) -> dict[int, Outputs]:
-    """The model's outputs by name, in eval mode and on the CPU, at each batch size."""
-    device = device_of(model)
+    """The model's outputs by name, in eval mode, at the batch's size and others.
+
+    Raises:
+        DataError: if the model cannot run on the batch.
+        ExportError: if it cannot at another size.
+    """
     with evaluating(model), torch.no_grad():
-        return {
-            size: {
-                name: value.cpu()
-                for name, value in named_outputs(
-                    plain_output(first_call(model, with_size(batch, size).on(device)))
-                ).items()
-            }
-            for size in sizes
-        }
+        # The example first: a model that cannot run on it is another error than one of other sizes.
+        found = {batch.size: _outputs(model, batch)}
+        for size in sizes:
+            try:
+                found[size] = found.get(size) or _outputs(model, with_size(batch, size))
+            except DataError as error:
+                raise ExportError(
+                    f"the model runs at a batch of {batch.size} but not of {size}, so that its "
+                    f"batch size cannot be left open; give dynamic_batch=False"
+                ) from error
+    return found
+
+
+def _outputs(model: nn.Module, batch: Batch) -> Outputs:
+    outputs = named_outputs(plain_output(first_call(model, batch)))
+    return {name: value.cpu() for name, value in outputs.items()}
 
 
 def largest_difference(

@@ -16,6 +16,7 @@ from torch.export import ExportedProgram
 
 from eigendamage.batches import Batches, Data
 from eigendamage.calls import as_passed, device_of
+from eigendamage.errors import ExportError
 from eigendamage.export._compare import Run, largest_difference, references
 from eigendamage.export._fold import batchnorms, fold_batchnorm
 from eigendamage.export._onnx import require_onnx, run_onnx, write_onnx
@@ -105,8 +106,10 @@ def export(
         ExportError: if the model cannot be traced or written, if a package is missing, or if an
             output differs by more than the tolerance. No file is left then.
         DataError: if the model cannot run on the example.
+        FileNotFoundError: if the folder that is to hold the file does not exist.
     """
     final = Path(path)
+    _require_place(final, is_folder=format == "plain")
     if format == "onnx":
         require_onnx(opset)
     if format == "torch.export":
@@ -141,6 +144,13 @@ def export(
     return result
 
 
+def _require_place(path: Path, *, is_folder: bool) -> None:
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"cannot write {path}: the folder {path.parent} does not exist")
+    if path.exists() and path.is_dir() != is_folder:
+        raise ExportError(f"cannot write {path}: it is a {'file' if is_folder else 'folder'}")
+
+
 def _write(
     program: ExportedProgram, path: Path, format: Format, outputs: Sequence[str], opset: int
 ) -> Run:
@@ -161,8 +171,6 @@ def _staged(final: Path, *, is_folder: bool) -> Generator[Path]:
 
     A file may need others beside it, which it knows by name: names stay.
     """
-    if not final.parent.is_dir():
-        raise FileNotFoundError(f"cannot write {final}: the folder {final.parent} does not exist")
     with tempfile.TemporaryDirectory(prefix=f".{final.name}.", dir=final.parent) as folder:
         staged = Path(folder) / final.name
         if is_folder:

@@ -12,7 +12,7 @@ from torch.export import ExportedProgram
 
 _aten = torch.ops.aten
 _NORM = _aten.batch_norm.default
-_LAYERS = {
+_LAYERS: dict[object, int] = {
     _aten.linear.default: 2,
     _aten.conv1d.default: 3,
     _aten.conv1d.padding: 3,

@@ -44,7 +44,7 @@ def write_onnx(program: ExportedProgram, path: Path, outputs: Sequence[str], ops
             onnx: Any = torch.onnx.export(
                 program, output_names=list(outputs), opset_version=opset, dynamo=True, verbose=False
             )
-        except Exception as error:  # noqa: BLE001  the exporter has errors of many kinds
+        except Exception as error:  # the exporter has errors of many kinds
             raise ExportError(
                 f"torch.onnx cannot export the model: {_first_line(error)}. torch's whole message "
                 f"is the cause of this error; format='torch.export' may do"
@@ -69,17 +69,20 @@ def run_onnx(path: Path) -> Run:
     options.log_severity_level = 3
     try:
         session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # noqa: BLE001  onnxruntime's errors have no base of their own
-        raise ExportError(f"onnxruntime cannot load the model: {_first_line(error)}") from error
+    except Exception as error:  # onnxruntime's errors have no base of their own
+        raise ExportError(
+            f"onnxruntime cannot load the model: {_first_line(error)}. It has few operations for "
+            f"other types than float32: if the model is of another, export model.float()"
+        ) from error
     inputs = [i.name for i in session.get_inputs()]
     names = [o.name for o in session.get_outputs()]
 
     def run(batch: Batch) -> dict[str, Tensor]:
         tensors = tensors_in([*batch.args, *batch.kwargs.values()])
-        feed = {name: t.numpy() for name, t in zip(inputs, tensors, strict=True)}
         try:
+            feed = {name: t.numpy() for name, t in zip(inputs, tensors, strict=True)}
             values = session.run(names, feed)
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
             raise ExportError(
                 f"onnxruntime cannot run the model on inputs of shape {batch.shapes()}: "
                 f"{_first_line(error)}"

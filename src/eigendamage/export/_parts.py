@@ -28,13 +28,9 @@ class Part:
 
 
 def part_of(node: fx.Node) -> Part | None:
-    """The layer of torch.nn that an operation is, if its weights are nodes and it is one."""
-    make = _MAKERS.get(node.target)  # type: ignore[arg-type]
-    if make is None or node.kwargs:
-        return None
-    part = make(node.args)
-    known = part is not None and all(isinstance(n, fx.Node) for n in part.tensors.values())
-    return part if known else None
+    """The layer of torch.nn that an operation is, if it is one."""
+    make = _MAKERS.get(node.target)
+    return None if make is None or node.kwargs else make(node.args)
 
 
 def _convolution(kind: str) -> Callable[[Sequence[Any]], Part]:

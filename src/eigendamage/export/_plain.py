@@ -9,7 +9,7 @@ from eigendamage.layers import FactoredConv2d, FactoredLinear, copy_model
 
 
 def plain(model: nn.Module) -> nn.Module:
-    """A copy whose factored layers are ``torch.nn.Sequential`` and whose masked weights are weights.
+    """A copy whose factored layers are ``torch.nn.Sequential``, with masked weights for good.
 
     It computes the same, and its ``state_dict`` has the same names, except that of a masked layer
     ``weight_orig`` and ``weight_mask`` become ``weight``. It can be pickled, and loaded where this
@@ -19,7 +19,7 @@ def plain(model: nn.Module) -> nn.Module:
     for module in copy.modules():
         if isinstance(module, FactoredConv2d | FactoredLinear):
             # They add properties to nn.Sequential and no state, so that the class alone differs.
-            module.__class__ = nn.Sequential
+            module.__class__ = nn.Sequential  # pyright: ignore[reportAttributeAccessIssue]
         _unmask(module)
     return copy
 

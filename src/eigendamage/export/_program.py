@@ -44,7 +44,7 @@ def traced(model: nn.Module, batch: Batch, *, dynamic_batch: bool) -> ExportedPr
             )
     except ExportError:
         raise
-    except Exception as error:  # noqa: BLE001  torch.export raises whatever the model's code does
+    except Exception as error:  # torch.export raises whatever the model's code does
         raise ExportError(_cannot_trace(error, dynamic_batch)) from error
     finally:
         handle.remove()

@@ -7,6 +7,8 @@ import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
 
+_TALKERS = ("torch", "torch.onnx", "torch.export", "onnxscript", "onnx_ir")
+
 
 @contextmanager
 def quiet() -> Generator[None]:
@@ -14,7 +16,7 @@ def quiet() -> Generator[None]:
 
     Whatever goes wrong is raised, or is found by comparing the outputs.
     """
-    loggers = [logging.getLogger(name) for name in ("torch", "torch.onnx", "torch.export")]
+    loggers = [logging.getLogger(name) for name in _TALKERS]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:

@@ -7,7 +7,7 @@ import keyword
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.utils._pytree as pytree
@@ -24,7 +24,7 @@ from eigendamage.export._parts import Part, part_of
 from eigendamage.export._statements import expression
 from eigendamage.export._values import named_outputs, plain_output
 
-_TEMPLATE = '''"""A network of torch.nn parts, written by eigendamage {version} and independent of it.
+_TEMPLATE = '''"""A network of torch.nn parts, written by eigendamage {version} and not needing it.
 
 ``load()`` gives it with its weights, in eval mode. {inputs}
 """
@@ -197,7 +197,9 @@ class _Source:
             )
             if spec.kind is OutputKind.USER_OUTPUT
         ]
-        return _nested(pytree.tree_unflatten(flat, self._program.call_spec.out_spec))
+        structure = self._program.call_spec.out_spec
+        assert structure is not None  # a traced program has it
+        return _nested(pytree.tree_unflatten(flat, structure))
 
     def _add_part(self, node: fx.Node, part: Part) -> None:
         weight = next(iter(part.tensors.values()))
@@ -242,7 +244,7 @@ class _Source:
     def _tensor(self, node: fx.Node) -> Tensor:
         name = self._specs[node.name].target or ""
         state: dict[str, Any] = self._program.state_dict
-        return state[name] if name in state else self._program.constants[name]
+        return cast(Tensor, state[name] if name in state else self._program.constants[name])
 
 
 class _Names:
@@ -289,7 +291,8 @@ def _nested(item: Any) -> str:
     if isinstance(item, dict):
         return "{" + ", ".join(f"{k!r}: {_nested(v)}" for k, v in item.items()) + "}"
     if isinstance(item, tuple):
-        return "(" + "".join(f"{_nested(v)}, " for v in item).rstrip() + ")"
+        items = [_nested(v) for v in cast("tuple[Any, ...]", item)]
+        return f"({items[0]},)" if len(items) == 1 else f"({', '.join(items)})"
     return str(item)
 
 
