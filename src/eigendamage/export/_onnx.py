@@ -55,6 +55,8 @@ def write_onnx(program: ExportedProgram, path: Path, outputs: Sequence[str], ops
                 f"torch.onnx wrote opset {found} where {opset} was asked for: an operation of the "
                 f"model has no form in it. Give opset={found}"
             )
+        first = [value.shape[0] for value in onnx.model.graph.inputs if len(value.shape)]
+        onnx.rename_axes({axis: "batch" for axis in first if not isinstance(axis, int)})
         onnx.save(path)
 
 
