@@ -385,6 +385,27 @@ def test_a_plain_model_has_no_class_of_this_package() -> None:
     assert prune.is_pruned(model)
 
 
+class _Reading(nn.Module):
+    """Reads the weight of a layer itself, and keeps a computed tensor in a dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        first, last = nn.Linear(4, 2, bias=False), nn.Linear(2, 4)
+        self.layer = ed.FactoredLinear(first, last)
+        self.cache: dict[str, Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.cache["weight"] = self.layer.weight
+        return nn.functional.linear(x, self.layer.weight, self.layer.bias)
+
+
+def test_a_model_that_reads_a_factored_weight(tmp_path: Path) -> None:
+    model = _Reading()
+    model(torch.randn(3, 4))  # with gradients, so that what is kept does not copy itself
+    written = _export(model, tmp_path / "plain", torch.randn(3, 4), format="plain")
+    assert written.max_difference < 1e-6
+
+
 def test_a_compressed_model(tmp_path: Path) -> None:
     model, x = _model("resnet")
     data = [torch.randn(16, 3, 8, 8) for _ in range(2)]

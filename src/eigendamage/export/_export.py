@@ -20,7 +20,7 @@ from eigendamage.errors import ExportError
 from eigendamage.export._compare import Run, largest_difference, references
 from eigendamage.export._fold import batchnorms, fold_batchnorm
 from eigendamage.export._onnx import require_onnx, run_onnx, write_onnx
-from eigendamage.export._plain import plain
+from eigendamage.export._plain import unmasked
 from eigendamage.export._program import traced
 from eigendamage.export._pt2 import require_pt2, run_pt2, write_pt2
 from eigendamage.export._source import run_source, write_source
@@ -119,7 +119,7 @@ def export(
         sizes = tuple(sorted({1, batch.size, batch.size + 1})) if dynamic_batch else (batch.size,)
         expected = references(model, batch, sizes)
         batch = batch.on(torch.device("cpu"))
-        program = traced(plain(model).cpu(), batch, dynamic_batch=dynamic_batch)
+        program = traced(unmasked(model).cpu(), batch, dynamic_batch=dynamic_batch)
         norms = len(batchnorms(program))
         folded = fold_batchnorm(program) if fold else 0
         outputs = tuple(expected[sizes[0]])

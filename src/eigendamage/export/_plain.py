@@ -13,13 +13,21 @@ def plain(model: nn.Module) -> nn.Module:
 
     It computes the same, and its ``state_dict`` has the same names, except that of a masked layer
     ``weight_orig`` and ``weight_mask`` become ``weight``. It can be pickled, and loaded where this
-    package is not installed; the model's own classes stay, also those of ``eigendamage.zoo``.
+    package is not installed; the model's own classes stay, also those of ``eigendamage.zoo``. A
+    model whose code reads the ``weight`` of a layer needs the factored classes, which have it.
     """
-    copy = copy_model(model)
+    copy = unmasked(model)
     for module in copy.modules():
         if isinstance(module, FactoredConv2d | FactoredLinear):
             # They add properties to nn.Sequential and no state, so that the class alone differs.
             module.__class__ = nn.Sequential  # pyright: ignore[reportAttributeAccessIssue]
+    return copy
+
+
+def unmasked(model: nn.Module) -> nn.Module:
+    """A copy in which masked weights are plain ones."""
+    copy = copy_model(model)
+    for module in copy.modules():
         _unmask(module)
     return copy
 
