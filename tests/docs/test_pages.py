@@ -37,7 +37,7 @@ def small_zoo(monkeypatch: pytest.MonkeyPatch) -> None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             return ResNet(
-                2, (8, 12, 16), in_channels=1, stem_stride=2, shortcut="projection"
+                2, (4, 4, 8), in_channels=1, stem_stride=2, shortcut="projection"
             ).eval()
 
     def fashion_mnist(split: str) -> ImageSet:
