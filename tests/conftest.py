@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 
 import jaxtyping
 import pytest
 import torch
 
 from tests.cases import CASES, Case
+
+# Package indices give torchvision's wheel for CUDA. Beside a CPU build of torch its compiled part
+# does not load, and its import, and with it that of transformers and lightning, ends at operators
+# that only that part defines. No model of the tests calls them: that they exist is enough.
+if find_spec("torchvision") is not None and torch.version.cuda is None:
+    _operators = torch.library.Library("torchvision", "FRAGMENT")
+    for _name in ("nms", "qnms"):
+        if not hasattr(torch.ops.torchvision, _name):
+            _operators.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 _decorated = jaxtyping.jaxtyped
 _seen: set[tuple[str, int]] = set()

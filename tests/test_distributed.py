@@ -288,8 +288,8 @@ def test_torchrun_writes_the_plan_of_one_process(
         assert two.layers[name].price == pytest.approx(layer.price, rel=1e-3)
     left = {f.name for f in (tmp_path / "two").iterdir()}
     assert left == {
-        *("model.safetensors", "curvature.safetensors"),
-        *("plan.json", "report.json", "report.html"),
+        *("model.safetensors", "structure.json", "plan.json", "report.json", "report.html"),
+        "curvature.safetensors",
     }
 
 

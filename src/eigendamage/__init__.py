@@ -2,9 +2,11 @@
 
 from eigendamage import zoo as zoo
 from eigendamage._version import __version__ as __version__
+from eigendamage.columns import column_batches as column_batches
 from eigendamage.compare import compare as compare
 from eigendamage.compress import Compressed as Compressed
 from eigendamage.compress import compress as compress
+from eigendamage.compress import preview as preview
 from eigendamage.compress import sweep as sweep
 from eigendamage.curvature import CalibrationRow as CalibrationRow
 from eigendamage.curvature import Curvature as Curvature
@@ -17,6 +19,7 @@ from eigendamage.errors import BudgetError as BudgetError
 from eigendamage.errors import ChannelError as ChannelError
 from eigendamage.errors import DataError as DataError
 from eigendamage.errors import EigenDamageError as EigenDamageError
+from eigendamage.errors import ExtraError as ExtraError
 from eigendamage.errors import FileFormatError as FileFormatError
 from eigendamage.errors import LayerError as LayerError
 from eigendamage.errors import LossError as LossError
@@ -25,6 +28,7 @@ from eigendamage.errors import NonFiniteError as NonFiniteError
 from eigendamage.errors import NothingToCompressError as NothingToCompressError
 from eigendamage.errors import ProcessError as ProcessError
 from eigendamage.errors import ShapeError as ShapeError
+from eigendamage.integrations.names import get_model as get_model
 from eigendamage.layers import FactoredConv2d as FactoredConv2d
 from eigendamage.layers import FactoredLinear as FactoredLinear
 from eigendamage.layers import find_layers as find_layers
@@ -52,16 +56,22 @@ from eigendamage.plan import make_menus as make_menus
 from eigendamage.plan import make_plan as make_plan
 from eigendamage.plan import needs as needs
 from eigendamage.report import Comparison as Comparison
+from eigendamage.report import PlanReport as PlanReport
 from eigendamage.report import Report as Report
 from eigendamage.report import Sweep as Sweep
 from eigendamage.report import Truth as Truth
 from eigendamage.report import plot_comparison as plot_comparison
 from eigendamage.report import plot_sweep as plot_sweep
 from eigendamage.report import print_comparison as print_comparison
+from eigendamage.report import print_plan as print_plan
 from eigendamage.report import print_report as print_report
 from eigendamage.report import print_sweep as print_sweep
 from eigendamage.report import report_page as report_page
 from eigendamage.report import write_page as write_page
+from eigendamage.saving import Structure as Structure
+from eigendamage.saving import densify as densify
+from eigendamage.saving import load as load
+from eigendamage.saving import save as save
 from eigendamage.surgery import Repairs as Repairs
 from eigendamage.surgery import apply_plan as apply_plan
 from eigendamage.surgery import recalibrate_batchnorm as recalibrate_batchnorm

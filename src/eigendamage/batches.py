@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from eigendamage.errors import DataError, NonFiniteError
 
-Data = Iterable[Any] | Tensor
+Data = Iterable[Any] | Tensor | Dataset[Any]
 """An iterable of batches: tensors, (input, label) pairs or dicts. A lone tensor is one batch."""
 
 LABEL_KEYS = ("labels", "label", "targets", "target")
@@ -154,8 +154,13 @@ def iterable_of(data: Data) -> Iterable[Any]:
         return [data]
     if _is_input_label_pair(data):
         return [data]
+    if has_columns(data):
+        raise DataError(
+            f"a {type(data).__name__} of datasets has columns, and which are inputs depends on the "
+            f"model; give column_batches(dataset, model, batch_size=…)"
+        )
     if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
-        return DataLoader(cast("Dataset[Any]", data), batch_size=_DATASET_BATCH)
+        return DataLoader(data, batch_size=_DATASET_BATCH)
     if isinstance(data, Iterator):
         return list(data)
     if not isinstance(data, Iterable):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -164,6 +169,12 @@ def iterable_of(data: Data) -> Iterable[Any]:
             f"found {type(data).__name__}"
         )
     return data
+
+
+def has_columns(data: object) -> bool:
+    """Whether it is a dataset of Hugging Face's datasets, streamed or not."""
+    roots = {kind.__module__.partition(".")[0] for kind in type(data).__mro__}
+    return "datasets" in roots and hasattr(data, "column_names")
 
 
 def _is_input_label_pair(data: object) -> bool:

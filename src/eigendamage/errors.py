@@ -58,3 +58,7 @@ class FileFormatError(EigenDamageError):
 
 class ProcessError(EigenDamageError):
     """Another of several processes that compute one result failed, ended or is out of step."""
+
+
+class ExtraError(EigenDamageError):
+    """A package that only some uses need is not installed, or does not import."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from shutil import rmtree
 from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -30,6 +31,37 @@ def written_beside(path: str | Path) -> Generator[Path]:
         beside.replace(final)
     finally:
         beside.unlink(missing_ok=True)
+
+
+@contextmanager
+def written_together(directory: str | Path, names: Sequence[str]) -> Generator[Path]:
+    """A folder beside ``directory`` to write files to, which take its place if all went well.
+
+    A folder that is not there appears at once, with its parents. In one that is, files are
+    replaced one by one in the order of ``names``, those of them that were not written are removed,
+    and files of other names are left alone.
+
+    Raises:
+        NotADirectoryError: if there is a file of that name.
+    """
+    final = Path(directory)
+    if final.exists() and not final.is_dir():
+        raise NotADirectoryError(f"cannot write into {final}: it is a file, not a folder")
+    final.parent.mkdir(parents=True, exist_ok=True)
+    beside = final.absolute().with_name(f".{final.absolute().name}.{os.getpid()}.part")
+    beside.mkdir()
+    try:
+        yield beside
+        if not final.exists():
+            beside.replace(final)
+            return
+        for name in names:
+            if (beside / name).exists():
+                (beside / name).replace(final / name)
+            else:
+                (final / name).unlink(missing_ok=True)
+    finally:
+        rmtree(beside, ignore_errors=True)
 
 
 D = TypeVar("D", bound="Document")

@@ -35,7 +35,8 @@ def track(items: Iterable[T], what: str, *, total: int | None, enabled: bool) ->
         return
     console = Console(stderr=True)
     start = time.monotonic()
-    if console.is_terminal:
+    # Not by rich's word alone: FORCE_COLOR makes it take a pipe for a terminal.
+    if console.is_terminal and not console.is_dumb_terminal and sys.stderr.isatty():
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),

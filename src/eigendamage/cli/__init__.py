@@ -10,20 +10,21 @@ from eigendamage._version import __version__
 from eigendamage.cli._compare import compare_command
 from eigendamage.cli._compress import compress_command
 from eigendamage.cli._demo import demo_command
-from eigendamage.cli._processes import in_one_process, processes, speaker
+from eigendamage.cli._exits import EPILOG, Exit, tell
+from eigendamage.cli._processes import in_one_process, processes
 from eigendamage.cli._sweep import sweep_command
-from eigendamage.errors import EigenDamageError
 
 app = typer.Typer(
     name="eigendamage",
     help="Make trained PyTorch networks smaller and faster by their curvature.",
+    epilog=EPILOG,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-app.command("demo")(in_one_process(demo_command))
-app.command("compress")(compress_command)
-app.command("sweep")(in_one_process(sweep_command))
-app.command("compare")(in_one_process(compare_command))
+app.command("demo", epilog=EPILOG)(in_one_process(demo_command))
+app.command("compress", epilog=EPILOG)(compress_command)
+app.command("sweep", epilog=EPILOG)(in_one_process(sweep_command))
+app.command("compare", epilog=EPILOG)(in_one_process(compare_command))
 
 
 def _show_version(wanted: bool) -> bool:
@@ -39,17 +40,18 @@ def options(
         False, "--version", callback=_show_version, is_eager=True, help="Print the version."
     ),
 ) -> None:
-    """Make trained PyTorch networks smaller and faster by their curvature.
-
-    Exit codes: 0 all went well; 1 the library refused, and said why; 2 wrong usage.
-    """
+    """Make trained PyTorch networks smaller and faster by their curvature."""
 
 
 def main() -> None:
-    """Entry point: errors of the library become one line on standard error and exit code 1."""
+    """Entry point: an error is told in one line, or as JSON, and its class gives the exit code."""
+    # A command line that cannot be parsed has no options yet: its words have to do.
+    as_json = "--json" in sys.argv[1:]
     try:
         with processes():
-            app()
-    except (EigenDamageError, OSError) as error:
-        print(f"{speaker()}: {error}", file=sys.stderr)
-        sys.exit(1)
+            code = app(standalone_mode=not as_json)
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  every one has its exit code
+        sys.exit(tell(error, as_json=as_json))
+    if code == Exit.INTERRUPTED:
+        sys.exit(tell(KeyboardInterrupt(), as_json=as_json))
+    sys.exit(code if isinstance(code, int) else Exit.OK)

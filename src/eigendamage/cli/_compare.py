@@ -12,6 +12,9 @@ import typer
 from rich.console import Console
 
 from eigendamage import zoo
+from eigendamage.batches import iterable_of
+from eigendamage.cli._completion import MODEL_HELP, model_names
+from eigendamage.cli._parsing import budgets as budgets_of
 from eigendamage.cli._sources import Images, load_data, load_model
 from eigendamage.compare import ALL, compare
 from eigendamage.curvature import Fisher
@@ -29,10 +32,11 @@ def compare_command(
     budgets: str = typer.Option("0.5,0.35", help="Fractions of the model to leave, by commas."),
     unit: Unit = typer.Option("macs", help="What budgets are fractions of."),
     epochs: int = typer.Option(1, help="Training after each compression."),
-    model: str = typer.Option(
-        "zoo:demo_network", help="zoo:NAME or module:callable that returns a module."
-    ),
+    model: str = typer.Option("zoo:demo_network", help=MODEL_HELP, autocompletion=model_names),
     weights: Path | None = typer.Option(None, help="Trained weights, .safetensors or .pt."),
+    pretrained: bool = typer.Option(
+        False, "--pretrained", help="For timm: and torchvision:, fetch the weights they have."
+    ),
     data: str | None = typer.Option(
         None,
         help="Folder, .zip, .npz or module:callable, as for compress; the bundled images if none.",
@@ -54,7 +58,8 @@ def compare_command(
     same settings, it does only what is missing. Without --model and --data it compares on the
     bundled network and images.
     """
-    network = load_model(model, weights)
+    goals = [goal.given[unit] for goal in budgets_of(budgets, unit, "--budgets")]
+    network = load_model(model, weights, pretrained=pretrained)
     images = _images(data, max(examples, train_examples), batch_size, seed, test_examples)
     if images.eval_data is None:
         raise DataError(f"--data {data}: there is nothing to measure on; return (data, eval_data)")
@@ -71,7 +76,7 @@ def compare_command(
         images.data,
         eval_data=images.eval_data,
         methods=ALL if methods == "all" else [m for m in methods.split(",") if m.strip()],
-        budgets=_fractions(budgets),
+        budgets=goals,
         unit=unit,
         train_data=_training(images, train_examples, batch_size, seed) if epochs else None,
         epochs=epochs,
@@ -90,15 +95,6 @@ def compare_command(
     print_comparison(result, console)
     plot_comparison(result, out / "comparison.png")
     console.print(f"Written to {out}.")
-
-
-def _fractions(text: str) -> list[float]:
-    try:
-        return [float(part) for part in text.split(",") if part.strip()]
-    except ValueError as error:
-        raise typer.BadParameter(
-            f"'{text}' is not a list of numbers", param_hint="--budgets"
-        ) from (error)
 
 
 def _images(
@@ -125,4 +121,4 @@ def _training(
     if isinstance(data, zoo.ImageBatches):
         source = data.source.take(slice(0, examples))
         return lambda: source.batches(batch_size, shuffle_seed=seed, augment=True)
-    return lambda: data
+    return lambda: iterable_of(data)

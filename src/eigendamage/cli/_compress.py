@@ -9,24 +9,25 @@ from pathlib import Path
 
 import typer
 from rich.console import Console
-from safetensors.torch import save_file
 
+from eigendamage.cli._completion import MODEL_HELP, method_names, model_names
+from eigendamage.cli._parsing import budget as budget_of
 from eigendamage.cli._parsing import floors, kinds, refuse_unwritable
 from eigendamage.cli._processes import home
 from eigendamage.cli._sources import Training, load_data, load_model
-from eigendamage.compress import Compressed, compress
+from eigendamage.compress import Compressed, compress, preview
 from eigendamage.curvature import EigenvalueKind, Fisher, save_curvature
 from eigendamage.distributed import rank
-from eigendamage.files import written_beside
-from eigendamage.plan import ACTIONS, METHODS, Budget
-from eigendamage.report import print_report, write_page
+from eigendamage.plan import ACTIONS, METHODS
+from eigendamage.report import PlanReport, print_plan, print_report
+from eigendamage.saving import save
 from eigendamage.training import FinetuneConfig, PolishConfig, crops_and_flips
 
 _PASSES = 10
 
 
 def compress_command(
-    model: str = typer.Option(..., help="zoo:NAME or module:callable that returns a module."),
+    model: str = typer.Option(..., help=MODEL_HELP, autocompletion=model_names),
     data: str = typer.Option(
         ...,
         help="Folder, .zip (train/CLASS/*.jpg, test/…; labels optional), .npz, module:callable, or "
@@ -34,6 +35,9 @@ def compress_command(
     ),
     out: Path = typer.Option(..., help="Folder for the result; made if it is not there."),
     weights: Path | None = typer.Option(None, help="Trained weights, .safetensors or .pt."),
+    pretrained: bool = typer.Option(
+        False, "--pretrained", help="For timm: and torchvision:, fetch the weights they have."
+    ),
     macs: float | None = typer.Option(None, help="Fraction of the multiply-accumulates to leave."),
     params: float | None = typer.Option(None, help="Fraction of the parameters to leave."),
     size: float | None = typer.Option(
@@ -46,7 +50,11 @@ def compress_command(
         None, help="The most divergence from the original; the smallest model within it is found."
     ),
     ratio: float | None = typer.Option(None, help="Fraction of all rows and columns to remove."),
-    method: str = typer.Option("auto", help="How to choose what goes: " + ", ".join(METHODS) + "."),
+    method: str = typer.Option(
+        "auto",
+        help="How to choose what goes: " + ", ".join(METHODS) + ".",
+        autocompletion=method_names,
+    ),
     variant: str | None = typer.Option(None, help="Form of the method, where it has several."),
     fisher: Fisher = typer.Option("mc", help="Labels of the curvature."),
     eigenvalues: EigenvalueKind = typer.Option(
@@ -113,6 +121,9 @@ def compress_command(
         "repaired.",
     ),
     seed: int = typer.Option(0, help="Of the choice of images and of label draws."),
+    dry_run: bool = typer.Option(
+        False, "--dry-run", help="Print the plan as a table, and write nothing."
+    ),
     as_json: bool = typer.Option(False, "--json", help="Print the report as JSON."),
     quiet: bool = typer.Option(False, help="No progress, no tables."),
 ) -> None:
@@ -121,14 +132,17 @@ def compress_command(
     --macs, --params, --bytes and --latency may be combined; --loss and --ratio stand alone.
     A run with --epochs that was stopped goes on if the same command is given again; what it needs
     for that, and every round's plan, weights and curvature, is in OUT/rounds.
-    The folder OUT gets model.safetensors (the weights of the smaller model), report.json,
-    report.html (the same as a page for a browser), plan.json and curvature.safetensors; the latter
-    two rebuild the smaller model from the original one (eigendamage.apply_plan).
+    The folder OUT gets model.safetensors (the weights of the smaller model), structure.json,
+    plan.json, report.json, report.html (the same as a page for a browser) and
+    curvature.safetensors; eigendamage.load makes the smaller model again of the original one and
+    OUT. With --dry-run nothing is written at all.
     """
     refuse_unwritable(out)
     floor_of, allowed = floors(floor), kinds(actions)
-    budget = Budget(macs=macs, params=params, bytes=size, latency=latency, loss=loss, ratio=ratio)
-    network = load_model(model, weights).to(home())
+    budget = budget_of(
+        "the budget", macs=macs, params=params, bytes=size, latency=latency, loss=loss, ratio=ratio
+    )
+    network = load_model(model, weights, pretrained=pretrained).to(home())
     images = load_data(
         data,
         examples=examples,
@@ -139,6 +153,36 @@ def compress_command(
     )
     if polish is None:
         polish = _PASSES if method == "auto" and not epochs else 0
+    polishing = (
+        PolishConfig(passes=polish, augment=crops_and_flips() if augment else None) if polish else 0
+    )
+    if dry_run:
+        plan = preview(
+            network,
+            images.data,
+            budget=budget,
+            method=method,
+            variant=variant,
+            fisher=fisher,
+            eigenvalues=eigenvalues,
+            max_ratio=max_ratio,
+            ignore=ignore,
+            actions=allowed,
+            multiple=multiple,
+            floors=floor_of,
+            calibrate=calibrate,
+            repair=repair,
+            polish=polishing,
+            shots=shots,
+            rounds=rounds,
+            latency_batch=latency_batch,
+            max_examples=examples,
+            max_memory=max_memory,
+            seed=seed,
+            progress=not quiet,
+        )
+        _show(PlanReport.of(plan), as_json=as_json, quiet=quiet)
+        return
     result = compress(
         network,
         images.data,
@@ -157,9 +201,7 @@ def compress_command(
         repair=repair,
         shots=shots,
         rounds=rounds,
-        polish=PolishConfig(passes=polish, augment=crops_and_flips() if augment else None)
-        if polish
-        else 0,
+        polish=polishing,
         epochs=epochs,
         train_data=images.train_data,
         finetuning=FinetuneConfig(learning_rate=learning_rate) if epochs else None,
@@ -188,14 +230,16 @@ def compress_command(
         console.print(f"Written to {out}.")
 
 
+def _show(plan: PlanReport, *, as_json: bool, quiet: bool) -> None:
+    if as_json:
+        typer.echo(plan.model_dump_json(indent=1))
+    elif not quiet and rank() == 0:
+        console = Console()
+        print_plan(plan, console)
+        console.print("Nothing was changed or written: --dry-run.")
+
+
 def _write(result: Compressed, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        k: v.detach().cpu().clone().contiguous() for k, v in result.model.state_dict().items()
-    }
-    with written_beside(out / "model.safetensors") as beside:
-        save_file(tensors, beside)
     save_curvature(result.curvature, out / "curvature.safetensors")
-    result.plan.save(out / "plan.json")
-    result.report.save(out / "report.json")
-    write_page(result.report, out / "report.html")
+    save(result, out)

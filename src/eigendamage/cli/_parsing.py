@@ -9,7 +9,8 @@ from typing import cast
 
 import typer
 
-from eigendamage.plan import ActionKind, wanted_actions
+from eigendamage.errors import BudgetError
+from eigendamage.plan import ActionKind, Budget, Unit, wanted_actions
 
 
 def fractions(text: str, option: str) -> list[float]:
@@ -25,6 +26,38 @@ def fractions(text: str, option: str) -> list[float]:
     if not found:
         raise typer.BadParameter(f"'{text}' is not a list of numbers", param_hint=option)
     return found
+
+
+def budgets(text: str, unit: Unit, option: str) -> list[Budget]:
+    """Budgets in one unit, from fractions separated by commas.
+
+    Raises:
+        BadParameter: if there is none, or one is no fraction.
+    """
+    return [budget(option, **{unit: fraction}) for fraction in fractions(text, option)]
+
+
+def budget(
+    option: str,
+    *,
+    macs: float | None = None,
+    params: float | None = None,
+    bytes: float | None = None,
+    latency: float | None = None,
+    loss: float | None = None,
+    ratio: float | None = None,
+) -> Budget:
+    """A budget, as `Budget` has it; ``option`` is what it was given by.
+
+    Raises:
+        BadParameter: if it is not well formed.
+    """
+    try:
+        return Budget(
+            macs=macs, params=params, bytes=bytes, latency=latency, loss=loss, ratio=ratio
+        )
+    except BudgetError as error:
+        raise typer.BadParameter(str(error), param_hint=option) from error
 
 
 def floors(texts: Sequence[str]) -> dict[str, float]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -13,7 +12,9 @@ from torch import nn
 
 from eigendamage import zoo
 from eigendamage.batches import Data
-from eigendamage.errors import DataError, EigenDamageError
+from eigendamage.distributed import rank
+from eigendamage.errors import DataError
+from eigendamage.integrations.names import callable_named, get_model, has_random_weights
 
 _HELD_OUT = 0.1
 _BUNDLED = "zoo:fashion-mnist"
@@ -49,21 +50,21 @@ class Training:
     augment: bool
 
 
-def load_model(name: str, weights: Path | None) -> nn.Module:
-    """Build the model ``zoo:NAME`` or ``module:callable`` and load its weights, in eval mode.
+def load_model(name: str, weights: Path | None, *, pretrained: bool = False) -> nn.Module:
+    """The model of that name, see `get_model`; a line on standard error if its weights are random.
 
     Raises:
-        EigenDamageError: if the name is of neither form, or the callable gives no module.
+        EigenDamageError: as `get_model` does.
     """
-    kind, _, rest = name.partition(":")
-    built = zoo.get(rest)() if kind == "zoo" else _from_module(name, "--model")()
-    if not isinstance(built, nn.Module):
-        raise EigenDamageError(
-            f"--model {name} returned {type(built).__name__}; it must return a torch.nn.Module"
+    model = get_model(name, weights=weights, pretrained=pretrained)
+    if has_random_weights(name, weights=weights, pretrained=pretrained) and rank() == 0:
+        also = "" if name.startswith("zoo:") else " or --pretrained"
+        print(
+            f"note: the weights of {name} are random: nothing that is measured of it means "
+            f"anything; give --weights FILE{also}",
+            file=sys.stderr,
         )
-    if weights is not None:
-        zoo.load_weights(built, weights)
-    return built.eval()
+    return model
 
 
 def load_data(
@@ -85,7 +86,7 @@ def load_data(
         DataError: if there is nothing to read.
     """
     if source != _BUNDLED and not Path(source).exists() and ":" in source:
-        made = _from_module(source, "--data")()
+        made = callable_named(source)()
         data, eval_data, where = made, None, ""
         if isinstance(made, tuple) and len(cast("tuple[Any, ...]", made)) == 2:
             data, eval_data = cast("tuple[Any, Any]", made)
@@ -123,25 +124,3 @@ def _read(
         raise DataError(f"{source} has {len(every)} image; at least two are needed")
     where = f"a tenth of {source}, held out"
     return every.take(slice(held, None)), every.take(slice(0, held)), where
-
-
-def _from_module(name: str, option: str) -> Callable[[], Any]:
-    module_name, _, attribute = name.partition(":")
-    if not module_name or not attribute:
-        raise EigenDamageError(f"{option} {name}: expected zoo:NAME, module:callable, or a path")
-    if "" not in sys.path and str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
-    try:
-        found = getattr(importlib.import_module(module_name), attribute)
-    except ModuleNotFoundError as error:
-        raise EigenDamageError(
-            f"{option} {name}: there is no module '{error.name}' here; run the command in its "
-            f"folder or install it"
-        ) from error
-    except AttributeError as error:
-        raise EigenDamageError(
-            f"{option} {name}: module '{module_name}' has no '{attribute}'"
-        ) from error
-    if not callable(found):
-        raise EigenDamageError(f"{option} {name} is {type(found).__name__}, not callable")
-    return cast("Callable[[], Any]", found)

@@ -8,7 +8,9 @@ from typing import Literal
 import typer
 from rich.console import Console
 
-from eigendamage.cli._parsing import floors, fractions, kinds, refuse_unwritable
+from eigendamage.cli._completion import MODEL_HELP, model_names
+from eigendamage.cli._parsing import budgets as budgets_of
+from eigendamage.cli._parsing import floors, kinds, refuse_unwritable
 from eigendamage.cli._sources import load_data, load_model
 from eigendamage.compress import sweep
 from eigendamage.curvature import Fisher
@@ -17,12 +19,15 @@ from eigendamage.report import SweepRow, number, percent, plot_sweep, print_swee
 
 
 def sweep_command(
-    model: str = typer.Option(..., help="zoo:NAME or module:callable that returns a module."),
+    model: str = typer.Option(..., help=MODEL_HELP, autocompletion=model_names),
     data: str = typer.Option(
         ..., help="Folder, .zip, .npz or module:callable, as for compress; labels optional."
     ),
     out: Path = typer.Option(..., help="Folder for the results; made if it is not there."),
     weights: Path | None = typer.Option(None, help="Trained weights, .safetensors or .pt."),
+    pretrained: bool = typer.Option(
+        False, "--pretrained", help="For timm: and torchvision:, fetch the weights they have."
+    ),
     budgets: str = typer.Option(
         "0.9,0.8,0.7,0.6,0.5,0.4,0.3,0.2", help="Fractions of the model to leave, by commas."
     ),
@@ -50,13 +55,13 @@ def sweep_command(
 
     The folder OUT gets sweep.json, sweep.svg and sweep.png. Every budget is planned as compress
     plans it; one that cannot be met is a row that says why. If none can, there is no plot, and the
-    exit code is 1.
+    exit code is 4.
     """
     refuse_unwritable(out)
-    goals = [_budget(unit, fraction) for fraction in fractions(budgets, "--budgets")]
+    goals = budgets_of(budgets, unit, "--budgets")
     floor_of, allowed = floors(floor), kinds(actions)
     to_measure = _to_measure(measure, unit)
-    network = load_model(model, weights)
+    network = load_model(model, weights, pretrained=pretrained)
     images = load_data(
         data, examples=examples, batch_size=batch_size, seed=seed, test_examples=test_examples
     )
@@ -97,13 +102,9 @@ def sweep_command(
     console.print(f"Written to {out}.")
 
 
-def _budget(unit: Unit, fraction: float) -> Budget:
-    return Budget(**{unit: fraction})
-
-
 def _to_measure(text: str, unit: Unit) -> list[Budget] | Literal["none", "all"]:
     match text:
         case "all" | "none":
             return text
         case _:
-            return [_budget(unit, fraction) for fraction in fractions(text, "--measure")]
+            return budgets_of(text, unit, "--measure")

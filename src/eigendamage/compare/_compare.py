@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from eigendamage.batches import Batches, Data
 from eigendamage.calls import device_of
+from eigendamage.columns import fitted
 from eigendamage.compare._competitor import ALL, Competitor
 from eigendamage.compare._contest import Contest
 from eigendamage.curvature import (
@@ -92,6 +93,7 @@ def compare(
     competitors = list(dict.fromkeys(Competitor.of(name) for name in methods))
     _refuse_bad_options(competitors, budgets, epochs, train_data)
     # A generator is used up by the first row.
+    data, eval_data = fitted(data, model), fitted(eval_data, model)
     data = list(data) if isinstance(data, Iterator) else data
     eval_data = list(eval_data) if isinstance(eval_data, Iterator) else eval_data
     folder = None if out is None else Path(out)

@@ -10,9 +10,10 @@ from typing import Any, Literal
 from torch import nn
 
 from eigendamage.batches import Data, iterable_of
+from eigendamage.columns import fitted
 from eigendamage.compress._call import call_in_words, with_command
 from eigendamage.compress._once import check, once
-from eigendamage.compress._result import Compressed, Options
+from eigendamage.compress._result import Compressed, Options, noted
 from eigendamage.compress._rounds import RoundTraining, in_rounds
 from eigendamage.curvature import Curvature, EigenvalueKind, Fisher, Loss
 from eigendamage.distributed import one_fate
@@ -20,11 +21,9 @@ from eigendamage.errors import EigenDamageError
 from eigendamage.plan import (
     ACTIONS,
     ActionKind,
-    AutoMethod,
     Budget,
     FormChoice,
     RankBy,
-    method_named,
 )
 from eigendamage.training import FinetuneConfig, PolishConfig, length_of
 
@@ -76,8 +75,10 @@ def compress(
 
     Args:
         model: the trained network.
-        data: some of its inputs in batches, in the same order in every pass; labels are not needed
-            unless ``fisher="empirical"``.
+        data: some of its inputs in batches, in the same order in every pass: a DataLoader, a torch
+            Dataset, any iterable (a generator is kept in memory), or a ``datasets.Dataset``, of
+            which `column_batches` makes batches of 64. Labels are not needed unless
+            ``fisher="empirical"``.
         budget: how small the result has to be.
         method: see `make_plan`; likewise ``variant``, ``max_ratio``, ``form``, ``damping``,
             ``rank_by``, ``actions``, ``floors`` and ``refine``.
@@ -140,6 +141,8 @@ def compress(
         EigenDamageError: another of its subclasses, as `estimate_curvature` and `make_plan` say.
     """
     said = call_in_words(compress, locals())
+    data, eval_data = fitted(data, model), fitted(eval_data, model)
+    train_data = fitted(train_data, model)
     ignored = (ignore,) if isinstance(ignore, str) else tuple(ignore)
     options = Options(
         budget=budget,
@@ -159,7 +162,7 @@ def compress(
         refine=refine,
         calibrate=calibrate,
         repair=repair,
-        polish=_polish(polish),
+        polish=polish_config(polish),
         shots=shots,
         back=False,
         latency_batch=latency_batch,
@@ -174,8 +177,8 @@ def compress(
     check(options)
     if options.polish is not None:
         options.polish.training(seed)
-    auto = isinstance(method_named(method), AutoMethod)
-    _check_steps(shots, rounds, epochs, auto, budget)
+    auto = options.auto
+    check_steps(shots, rounds, epochs, auto=auto, budget=budget)
     if epochs == 0 and (train_data is not None or finetuning is not None):
         raise EigenDamageError("train_data and finetuning are for training; give epochs=")
     if epochs == 0 and (auto or rounds == 1):
@@ -183,7 +186,7 @@ def compress(
             raise EigenDamageError("a directory is for rounds with training; give epochs=")
         options = replace(options, shots=max(shots, rounds), back=rounds > 1)
         result = once(model, data, options, eval_data=eval_data, curvature=curvature)
-        return with_command(result, said)
+        return noted(with_command(result, said))
     # One view of the data for all rounds: a generator is used up by the first.
     data = list(data) if isinstance(data, Iterator) else data
     training = None
@@ -194,8 +197,9 @@ def compress(
             )
         config = replace(finetuning or FinetuneConfig(seed=seed), epochs=epochs)
         config.check()
-        length_of(iterable_of(data if train_data is None else train_data))
-        training = RoundTraining(data if train_data is None else train_data, config)
+        source = iterable_of(data if train_data is None else train_data)
+        length_of(source)
+        training = RoundTraining(source, config)
     result = in_rounds(
         model,
         data,
@@ -206,10 +210,10 @@ def compress(
         curvature=curvature,
         directory=None if directory is None else Path(directory),
     )
-    return with_command(result, said)
+    return noted(with_command(result, said))
 
 
-def _polish(wanted: int | PolishConfig) -> PolishConfig | None:
+def polish_config(wanted: int | PolishConfig) -> PolishConfig | None:
     """How to polish; None for not at all.
 
     Raises:
@@ -224,7 +228,12 @@ def _polish(wanted: int | PolishConfig) -> PolishConfig | None:
     return PolishConfig(passes=wanted) if wanted else None
 
 
-def _check_steps(shots: int, rounds: int, epochs: int, auto: bool, budget: Budget) -> None:
+def check_steps(shots: int, rounds: int, epochs: int, *, auto: bool, budget: Budget) -> None:
+    """Refuse steps that are no counts, or do not go with each other, the method or the budget.
+
+    Raises:
+        EigenDamageError: saying which.
+    """
     for what, value, least in (("shots", shots, 1), ("rounds", rounds, 1), ("epochs", epochs, 0)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:  # pyright: ignore[reportUnnecessaryIsInstance]
             raise EigenDamageError(

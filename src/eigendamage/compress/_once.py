@@ -17,7 +17,7 @@ from eigendamage.compress._steps import Built, Source, built, repairable
 from eigendamage.curvature import Curvature
 from eigendamage.distributed import with_first_state
 from eigendamage.layers import copy_model
-from eigendamage.plan import AutoMethod, Plan, check_options, make_plan, method_named
+from eigendamage.plan import Plan, check_options, make_plan
 from eigendamage.report import TrainingReport
 from eigendamage.surgery import recalibrate_batchnorm
 from eigendamage.training import PolishConfig, polish
@@ -50,9 +50,9 @@ def once(
     before: Before | None = None,
 ) -> Compressed:
     """One round; ``before`` is what it comes after, None for the first."""
-    auto = isinstance(method_named(options.method), AutoMethod)
+    auto = options.auto
     eval_data = list(eval_data) if isinstance(eval_data, Iterator) else eval_data
-    ready = _prepared(model, data, options)
+    ready = prepared_for(model, data, options)
     settings = ready.settings
     ignored = options.ignore
     if curvature is None:
@@ -71,7 +71,7 @@ def once(
         )
     else:
         with settings.clock.stage("plan"):
-            plan = _plan(model, curvature, ignored, options)
+            plan = plan_of(model, curvature, ignored, options)
         chain = [built(model, Source(model, curvature, None), plan, settings)]
     last = chain[-1]
     again = not settings.repair if options.recalibrate is None else options.recalibrate
@@ -167,7 +167,8 @@ def _polished(
     return learned, TrainingReport.of(done)
 
 
-def _prepared(model: nn.Module, data: Data, options: Options) -> Preparation:
+def prepared_for(model: nn.Module, data: Data, options: Options) -> Preparation:
+    """What comes before the plan of a round."""
     return prepared(
         model,
         data,
@@ -194,9 +195,10 @@ def _prepared(model: nn.Module, data: Data, options: Options) -> Preparation:
     )
 
 
-def _plan(
+def plan_of(
     model: nn.Module, curvature: Curvature, ignored: tuple[str, ...], options: Options
 ) -> Plan:
+    """The plan of a round by another method than ``auto``."""
     return make_plan(
         model,
         curvature,

@@ -9,9 +9,17 @@ from typing import Literal
 from torch import nn
 
 from eigendamage.curvature import Curvature, EigenvalueKind, Fisher, Loss
-from eigendamage.plan import ActionKind, Budget, FormChoice, Plan, RankBy
+from eigendamage.plan import (
+    ActionKind,
+    AutoMethod,
+    Budget,
+    FormChoice,
+    Plan,
+    RankBy,
+    method_named,
+)
 from eigendamage.report import Report
-from eigendamage.surgery import Repairs
+from eigendamage.surgery import Made, Repairs, set_made
 from eigendamage.training import PolishConfig
 
 
@@ -37,6 +45,12 @@ class Compressed:
     report: Report
     earlier: tuple[Plan, ...] = ()
     repairs: Repairs | None = None
+
+
+def noted(result: Compressed) -> Compressed:
+    """The same, with its plan and report noted on its model, for `save`."""
+    set_made(result.model, Made(result.plan, result.report))
+    return result
 
 
 @dataclass(frozen=True)
@@ -71,3 +85,8 @@ class Options:
     reduction: Literal["mean", "sum"]
     seed: int
     progress: bool
+
+    @property
+    def auto(self) -> bool:
+        """Whether plans are made from menus."""
+        return isinstance(method_named(self.method), AutoMethod)

@@ -11,6 +11,7 @@ from torch import nn
 
 from eigendamage.batches import Data
 from eigendamage.calls import device_of
+from eigendamage.columns import fitted
 from eigendamage.compress._once import with_statistics_anew
 from eigendamage.compress._planned import planned
 from eigendamage.compress._prepare import Preparation, prepared, require_loss
@@ -108,6 +109,7 @@ def sweep(
         damping=damping,
         rank_by=None,
     )
+    data, eval_data = fitted(data, model), fitted(eval_data, model)
     eval_data = list(eval_data) if isinstance(eval_data, Iterator) else eval_data
     ready = prepared(
         model,

@@ -3,38 +3,78 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from importlib import import_module
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from eigendamage.errors import DataError, EigenDamageError
-from eigendamage.layers import copy_model
+from eigendamage.errors import DataError, FileFormatError, MismatchError
+from eigendamage.integrations._conv1d import plain_linears
+from eigendamage.integrations._extras import required
+from eigendamage.integrations._pretrained import from_pretrained, save_pretrained
+
+__all__ = [
+    "MeanPooled",
+    "TokenBatch",
+    "block_batches",
+    "from_pretrained",
+    "plain_linears",
+    "pretrained_model",
+    "save_pretrained",
+    "text_batches",
+]
 
 TokenBatch = dict[str, Tensor]
 """``input_ids`` and ``attention_mask``, both (batch, tokens) of int64."""
 
 
-def plain_linears(model: nn.Module) -> nn.Module:
-    """A copy of a model in which GPT-2's ``Conv1D`` layers are ``nn.Linear`` with equal outputs.
+def pretrained_model(path: str) -> nn.Module:
+    """A model of transformers with its weights, in eval mode, with plain Linear layers.
 
-    ``Conv1D`` is a Linear layer that stores its weight transposed; everything else of the library
-    knows Linear alone. Dotted paths stay. Without a ``Conv1D`` it is a plain copy.
+    The class is the first of the configuration's ``architectures``. Weights are read from
+    safetensors alone, and no code from the folder is run.
+
+    Args:
+        path: a folder that ``save_pretrained`` wrote, or an id of the hub (network).
 
     Raises:
-        EigenDamageError: if transformers is not installed, or the model is a lone ``Conv1D``.
+        ExtraError: if transformers is not installed.
+        FileFormatError: if there is no such model, it has no safetensors, or its configuration
+            names no class of transformers.
+        MismatchError: if the file lacks weights of the model.
     """
-    conv1d = _conv1d()
-    if isinstance(model, conv1d):
-        raise EigenDamageError("the model is a single Conv1D; give the model that it is a part of")
-    copy = copy_model(model)
-    found = [(path, m) for path, m in copy.named_modules() if isinstance(m, conv1d)]
-    for path, module in found:
-        parent, _, name = path.rpartition(".")
-        setattr(copy.get_submodule(parent), name, _as_linear(module))
-    return copy
+    transformers: Any = required("transformers", "huggingface")
+    try:
+        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise FileFormatError(f"hf:{path} cannot be read: {_first_line(error)}") from error
+    name = next(iter(config.architectures or ()), None)
+    kind = None if name is None else getattr(transformers, name, None)
+    if kind is None:
+        raise FileFormatError(
+            f"the configuration of hf:{path} names "
+            f"{'no architecture' if name is None else repr(name)}, which transformers "
+            f"{transformers.__version__} has not; build the model yourself and give module:callable"
+        )
+    try:
+        model, loaded = kind.from_pretrained(
+            path, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise FileFormatError(
+            f"hf:{path} cannot be read as {name} from safetensors: {_first_line(error)}"
+        ) from error
+    if missing := sorted(loaded["missing_keys"]):
+        raise MismatchError(
+            f"hf:{path} lacks {len(missing)} weights of {name}, '{missing[0]}' first; they would "
+            f"be random. Take the model that was trained as {name}"
+        )
+    return plain_linears(model).eval()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def text_batches(
@@ -118,26 +158,6 @@ class MeanPooled(nn.Module):
             return hidden.mean(1)
         weight = attention_mask.to(hidden.dtype).unsqueeze(-1)
         return (hidden * weight).sum(1) / weight.sum(1).clamp_min(1)
-
-
-def _conv1d() -> type[nn.Module]:
-    try:
-        return import_module("transformers.pytorch_utils").Conv1D
-    except ImportError as error:
-        raise EigenDamageError(
-            "transformers is not installed; pip install 'eigendamage[huggingface]'"
-        ) from error
-
-
-def _as_linear(module: Any) -> nn.Linear:
-    inputs, outputs = module.weight.shape
-    # On no device: the weights that it would be given at random are not wanted.
-    linear = nn.Linear(inputs, outputs, device="meta")
-    linear.weight = nn.Parameter(
-        module.weight.detach().T.contiguous(), requires_grad=module.weight.requires_grad
-    )
-    linear.bias = module.bias
-    return linear.train(module.training)
 
 
 def _padded(rows: Sequence[list[int]], padding: int) -> TokenBatch:

@@ -7,6 +7,16 @@ from eigendamage.layers._cost import FORMS, Cost, DenseForm, Form, LayerShape
 from eigendamage.layers._factored import FactoredConv2d, FactoredLinear, balance, balance_factors
 from eigendamage.layers._find import ON_REQUEST, Layer, Layers, find_layers
 from eigendamage.layers._geometry import ConvGeometry
+from eigendamage.layers._origin import (
+    Origin,
+    join,
+    origin_of,
+    own_tensors,
+    recounted_origin,
+    reshaped_origin,
+    saved_tensors,
+    set_origin,
+)
 from eigendamage.layers._slicing import (
     Kept,
     Sides,
@@ -40,6 +50,7 @@ __all__ = [
     "LayerTrace",
     "Layers",
     "Member",
+    "Origin",
     "Port",
     "Sides",
     "Sum",
@@ -53,9 +64,16 @@ __all__ = [
     "find_channels",
     "find_layers",
     "find_sums",
+    "join",
     "kept_indices",
+    "origin_of",
+    "own_tensors",
     "preserved_random_state",
+    "recounted_origin",
     "remove_units",
+    "reshaped_origin",
+    "saved_tensors",
+    "set_origin",
     "sides",
     "slice_channels",
     "trace",

@@ -4,6 +4,7 @@ from eigendamage.report._comparison import Comparison, Row, Settings
 from eigendamage.report._comparison_views import plot_comparison, print_comparison, ranked
 from eigendamage.report._measured import Measured
 from eigendamage.report._page import report_page, write_page
+from eigendamage.report._plan import PlanReport, print_plan
 from eigendamage.report._report import (
     Calibration,
     Environment,
@@ -27,6 +28,7 @@ __all__ = [
     "LayerReport",
     "LayerTruth",
     "Measured",
+    "PlanReport",
     "Report",
     "RoundReport",
     "Row",
@@ -45,6 +47,7 @@ __all__ = [
     "plot_comparison",
     "plot_sweep",
     "print_comparison",
+    "print_plan",
     "print_report",
     "print_sweep",
     "ranked",

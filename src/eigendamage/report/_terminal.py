@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from eigendamage.report._measured import Measured
-from eigendamage.report._report import Report
+from eigendamage.report._report import LayerReport, Report
 from eigendamage.report._truth import TRUST, Truth
 
 
@@ -38,13 +39,13 @@ def render(report: Report) -> RenderableType:
         parts.append(_rounds(report))
     if report.truth is not None:
         parts.append(_together(report.truth))
-    parts.append(_layers(report))
+    parts.append(layer_table(report.layers, report.gap))
     if report.truth is not None and report.truth.layers:
         parts.append(_alone(report.truth))
     if report.calibration:
         parts.append(_calibration(report))
     if report.left_alone:
-        parts.append(_left_alone(report))
+        parts.append(left_alone_table(report.left_alone))
     parts.extend(Text(f"Note: {note}") for note in report.notes)
     return Group(*parts)
 
@@ -164,13 +165,14 @@ def _times(measured: float | None, predicted: float | None) -> str:
     return "–" if measured is None or not predicted else f"{measured / predicted:.2f}×"
 
 
-def _layers(report: Report) -> Table:
-    table = Table(title="Layers", caption=_gap(report.gap))
+def layer_table(layers: Mapping[str, LayerReport], gap: float | None) -> Table:
+    """What is done to each layer; ``gap`` is that of the plan."""
+    table = Table(title="Layers", caption=_gap(gap))
     table.add_column("layer", overflow="fold")
     table.add_column("what is done", overflow="fold", ratio=1)
     for column in ("ranks", "price", "MACs", "left", "params", "left"):
         table.add_column(column, justify="right")
-    for name, layer in report.layers.items():
+    for name, layer in layers.items():
         table.add_row(
             name or "(the model)",
             layer.action,
@@ -211,14 +213,14 @@ def _calibration(report: Report) -> Table:
     return table
 
 
-def _left_alone(report: Report) -> Table:
-    """Modules that are left alone; those that share a reason in one row."""
+def left_alone_table(left_alone: Mapping[str, str]) -> Table:
+    """Modules that are left alone, by the reason; those that share one in one row."""
     table = Table(title="Left alone")
     table.add_column("modules", justify="right")
     table.add_column("for example")
     table.add_column("reason")
-    counts = Counter(report.left_alone.values())
+    counts = Counter(left_alone.values())
     for reason, times in counts.items():
-        example = next(n for n, r in report.left_alone.items() if r == reason)
+        example = next(n for n, r in left_alone.items() if r == reason)
         table.add_row(str(times), example, reason)
     return table

@@ -2,6 +2,16 @@
 
 from eigendamage.surgery._apply import apply_plan
 from eigendamage.surgery._batchnorm import recalibrate_batchnorm
+from eigendamage.surgery._made import Made, made_by, set_made
 from eigendamage.surgery._repair import LayerRepair, Repairs, repair_model
 
-__all__ = ["LayerRepair", "Repairs", "apply_plan", "recalibrate_batchnorm", "repair_model"]
+__all__ = [
+    "LayerRepair",
+    "Made",
+    "Repairs",
+    "apply_plan",
+    "made_by",
+    "recalibrate_batchnorm",
+    "repair_model",
+    "set_made",
+]

@@ -8,8 +8,19 @@ from torch import nn
 
 from eigendamage.curvature import Curvature
 from eigendamage.errors import EigenDamageError, MismatchError
-from eigendamage.layers import Layer, copy_model, find_layers, sides, slice_channels
+from eigendamage.layers import (
+    Layer,
+    Origin,
+    copy_model,
+    find_layers,
+    recounted_origin,
+    reshaped_origin,
+    set_origin,
+    sides,
+    slice_channels,
+)
 from eigendamage.plan import (
+    Action,
     CarrierPlan,
     Channels,
     CounterPlan,
@@ -22,6 +33,7 @@ from eigendamage.plan import (
 )
 from eigendamage.surgery._channels import cut_channels
 from eigendamage.surgery._factor import factored_module, low_rank_stages, planned_stages
+from eigendamage.surgery._made import Made, set_made
 from eigendamage.surgery._mask import mask_weights
 
 
@@ -31,6 +43,9 @@ def apply_plan(model: nn.Module, plan: Plan, curvature: Curvature) -> nn.Module:
     Layers become factored ones (subclasses of ``nn.Sequential`` made of plain layers), lose
     channels, or get masks (``torch.nn.utils.prune``); everything else is a deep copy. A layer of
     which everything is kept computes the same function.
+
+    What each changed module was is noted on it, and the plan on the model, as attributes that are
+    no part of the state dict, for `save` to read.
 
     Raises:
         MismatchError: if the plan names a layer that the model or the curvature has not, or that
@@ -60,11 +75,25 @@ def apply_plan(model: nn.Module, plan: Plan, curvature: Curvature) -> nn.Module:
             cut_channels(smaller.get_submodule(name), found[name], curvature[name], action)
         elif isinstance(action, Mask):
             mask_weights(smaller.get_submodule(name), found[name], curvature[name], action)
+        if layer_plan.changes:
+            set_origin(smaller.get_submodule(name), _origin(found[name], action))
     for name, carrier in plan.carriers.items():
-        slice_channels(smaller.get_submodule(name), outputs=carrier.kept, name=name)
+        module = smaller.get_submodule(name)
+        origin = reshaped_origin(module, outputs=carrier.kept)
+        slice_channels(module, outputs=carrier.kept, name=name)
+        set_origin(module, origin)
     for counter in plan.counters:
-        setattr(smaller.get_submodule(counter.module), counter.attribute, counter.after)
+        module = smaller.get_submodule(counter.module)
+        set_origin(module, recounted_origin(module, counter.attribute, counter.before))
+        setattr(module, counter.attribute, counter.after)
+    set_made(smaller, Made(plan))
     return smaller
+
+
+def _origin(layer: Layer, action: Action) -> Origin:
+    if isinstance(action, Channels):
+        return reshaped_origin(layer.module, outputs=action.outputs, inputs=action.inputs)
+    return reshaped_origin(layer.module)
 
 
 def _check(name: str, planned: LayerPlan, layer: Layer | None, curvature: Curvature) -> None:

@@ -1,0 +1,133 @@
+"""Compressed models of transformers in its own format: structure in config.json, its weights."""
+
+from __future__ import annotations
+
+import json
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import nn
+
+from eigendamage.errors import EigenDamageError, FileFormatError
+from eigendamage.integrations._conv1d import conv1d, plain_linears
+from eigendamage.integrations._extras import required
+from eigendamage.saving import Structure, describe, restore
+
+_KEY = "eigendamage"
+
+
+def save_pretrained(model: Any, directory: str | Path) -> None:
+    """Write a compressed model of transformers as its own ``save_pretrained`` does.
+
+    The weights and the configuration are written by transformers; ``config.json`` gets the
+    structure under the key ``eigendamage``, by which `from_pretrained` rebuilds the model.
+
+    Args:
+        model: a ``PreTrainedModel`` that was compressed, with or without `plain_linears`.
+        directory: a folder; made if it is not there.
+
+    Raises:
+        EigenDamageError: if the model is none of transformers, or has state that is no tensor.
+    """
+    if not hasattr(model, "save_pretrained") or not hasattr(model, "config"):
+        raise EigenDamageError(
+            f"a {type(model).__name__} has no save_pretrained, so it is no model of transformers; "
+            f"use eigendamage.save, or give the part of it that is one"
+        )
+    structure = describe(model)
+    # Recent versions rename tensors to the names of older checkpoints, which the structure has not.
+    renames = "save_original_format" in signature(model.save_pretrained).parameters
+    options = {"save_original_format": False} if renames else {}
+    setattr(model.config, _KEY, structure.model_dump(mode="json"))
+    try:
+        model.save_pretrained(directory, **options)
+    finally:
+        delattr(model.config, _KEY)
+
+
+def from_pretrained(
+    directory: str | Path,
+    cls: type[Any] | None = None,
+    *,
+    device: str | torch.device | None = None,
+) -> Any:
+    """The model that `save_pretrained` wrote, in evaluation mode. No code of the folder is run.
+
+    Args:
+        directory: a local folder.
+        cls: the model's class; by default the one of transformers that the configuration names.
+        device: where the model is to be; the CPU by default.
+
+    Raises:
+        EigenDamageError: if transformers is not installed or has no such class.
+        FileFormatError: if the folder has no structure, or its files are damaged or do not fit
+            one another; the first name that does not fit is named.
+        FileNotFoundError: if a file is missing.
+        MismatchError: if the configuration makes another model than the structure is for.
+    """
+    folder = Path(directory)
+    structure = _structure(folder / "config.json")
+    transformers = required("transformers", "huggingface")
+    source = transformers.AutoConfig if cls is None else cls.config_class
+    config = source.from_pretrained(folder)
+    delattr(config, _KEY)
+    fresh = (cls or _class(transformers, config))(config)
+    if _was_plain(fresh, structure):
+        fresh = plain_linears(fresh)
+    model = restore(fresh, structure, _weights(folder), device=device)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    return model.eval()
+
+
+def _structure(path: Path) -> Structure:
+    try:
+        raw = json.loads(path.read_bytes())
+        if not isinstance(raw, dict) or _KEY not in raw:
+            raise FileFormatError(
+                f"{path} says nothing of '{_KEY}': this is no model that save_pretrained of "
+                f"eigendamage wrote"
+            )
+        return Structure.model_validate_json(json.dumps(raw[_KEY]))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in (_KEY, *first["loc"]))
+        raise FileFormatError(f"{path}: {where}: {first['msg']}") from error
+    except (ValueError, RecursionError) as error:
+        raise FileFormatError(f"{path} is no JSON: {error}") from error
+
+
+def _class(transformers: Any, config: Any) -> Any:
+    names = config.architectures or ["none"]
+    found = getattr(transformers, names[0], None)
+    if found is None:
+        raise EigenDamageError(
+            f"the configuration names the class '{names[0]}', which transformers has not; give cls="
+        )
+    return found
+
+
+def _was_plain(fresh: nn.Module, structure: Structure) -> bool:
+    """Whether the ``Conv1D`` layers were made Linear ones first: weights lie the other way then."""
+    for path, module in fresh.named_modules():
+        if isinstance(module, conv1d()) and module.nf != module.nx:
+            return structure.original.get(f"{path}.weight") == (module.nf, module.nx)
+    return False
+
+
+def _weights(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        if not (folder / "model.safetensors").is_file():
+            raise FileNotFoundError(f"there is no model.safetensors in {folder}")
+        return [folder / "model.safetensors"]
+    try:
+        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FileFormatError(f"{index} is no index of weights: {error}") from error
+    if any(name != Path(name).name for name in names):
+        raise FileFormatError(f"{index} names files outside of its folder")
+    return [folder / name for name in names]

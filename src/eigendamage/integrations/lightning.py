@@ -1,0 +1,104 @@
+"""A callback of Lightning that compresses the model while it is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import SingleDeviceStrategy
+
+from eigendamage.batches import Data
+from eigendamage.compress import compress
+from eigendamage.integrations._live import (
+    Compressor,
+    LiveRounds,
+    moments_of,
+    require_one_process,
+    some_batches,
+)
+from eigendamage.plan import Budget
+from eigendamage.report import Report
+
+
+class CompressionCallback(Callback):
+    """Rounds of compression at chosen steps or epochs of a ``lightning.pytorch.Trainer``.
+
+    Each round takes curvature, plan, surgery and repair on a few batches, in place on the network;
+    optimizers and their schedules go on with the parameters that are left. A checkpoint that is
+    saved after a round is one of the smaller network: to go on from it, build that network first.
+
+    Attributes:
+        reports: of the rounds so far, each relative to the network that it began with.
+    """
+
+    def __init__(
+        self,
+        budget: Budget,
+        *,
+        at_steps: Sequence[int] = (),
+        at_epochs: Sequence[int] = (),
+        network: str = "",
+        data: Data | None = None,
+        batches: int = 8,
+        compressor: Compressor = compress,
+        seed: int = 0,
+    ) -> None:
+        """Plan the rounds.
+
+        Args:
+            budget: what is left after the last round; sizes shrink by the same factor in each.
+            at_steps: after which steps of the optimizer (``trainer.global_step``), from 1 on.
+            at_epochs: or after which epochs, from 1 on.
+            network: dotted path of the network within the LightningModule, such as ``"model"``; it
+                is called with the inputs of a batch. By default the LightningModule itself is.
+            data: inputs for the rounds; by default batches of the training data, drawn anew.
+            batches: how many of these.
+            compressor: how a round is done: a `functools.partial` of `compress` with options set.
+            seed: of the draw of batches.
+
+        Raises:
+            EigenDamageError: if no round is asked for, or both steps and epochs are given.
+        """
+        super().__init__()
+        self._rounds = LiveRounds(budget, moments_of(at_steps, at_epochs), compressor)
+        self._by_steps = bool(at_steps)
+        self._network = network
+        self._data, self._batches, self._seed = data, batches, seed
+
+    @property
+    def reports(self) -> Sequence[Report]:
+        """Of the rounds so far."""
+        return self._rounds.reports
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse a training that is shared out."""
+        alone = isinstance(trainer.strategy, SingleDeviceStrategy)
+        require_one_process(f"{type(trainer.strategy).__name__} of this Trainer", alone=alone)
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """A round, if one is due after this step."""
+        if self._by_steps and self._rounds.due(trainer.global_step):
+            self._take(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A round, if one is due after this epoch."""
+        if not self._by_steps and self._rounds.due(trainer.current_epoch + 1):
+            self._take(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warn of rounds that did not come about."""
+        self._rounds.end()
+
+    def _take(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        data = self._data
+        if data is None:
+            data = some_batches(trainer.train_dataloader, self._batches, self._seed)
+        self._rounds.take(pl_module.get_submodule(self._network), data, trainer.optimizers)

@@ -1,0 +1,120 @@
+"""Models by name: of the zoo, of timm, torchvision and transformers, or of a module."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+from torch import nn
+
+from eigendamage import zoo
+from eigendamage.errors import EigenDamageError
+from eigendamage.integrations.huggingface import pretrained_model
+from eigendamage.integrations.timm import timm_model
+from eigendamage.integrations.torchvision import torchvision_model
+
+FORMS = "zoo:NAME, timm:NAME, torchvision:NAME, hf:PATH or module:callable"
+"""What a model's name may look like."""
+
+_TRAINED_IN_THE_ZOO = ("demo_network",)
+
+
+def get_model(
+    name: str, *, weights: str | Path | None = None, pretrained: bool = False
+) -> nn.Module:
+    """A model by its name, in eval mode.
+
+    - ``zoo:NAME``: a network of this package, see `zoo.get`.
+    - ``timm:NAME``: of timm, as ``timm.create_model`` has it (extra ``timm``).
+    - ``torchvision:NAME``: as ``torchvision.models.get_model`` has it (extra ``torchvision``).
+    - ``hf:PATH``: a folder that transformers' ``save_pretrained`` wrote, or an id of the hub
+      (extra ``huggingface``).
+    - ``module:callable``: what the callable returns. The current folder is searched first.
+
+    Args:
+        name: as above.
+        weights: a file with a state dict for it, ``.safetensors``, ``.pt`` or ``.pth``; nothing in
+            it is run. Without it, and without ``pretrained``, models of timm and torchvision, and
+            those of the zoo but its demo network, have random weights.
+        pretrained: fetch the weights that timm or torchvision have for it.
+
+    Raises:
+        ExtraError: if the package that has it is not installed; the message names the extra.
+        EigenDamageError: if there is no such model, or ``pretrained`` is not for this kind of name.
+        FileFormatError: if the file is missing, or holds no state dict.
+        MismatchError: if the weights do not fit the model.
+    """
+    kind, _, rest = name.partition(":")
+    if pretrained and kind not in ("timm", "torchvision"):
+        raise EigenDamageError(
+            f"pretrained is for timm:NAME and torchvision:NAME, not for '{name}'; give the weights "
+            f"as a file"
+        )
+    if pretrained and weights is not None:
+        raise EigenDamageError("give pretrained or a file of weights, not both")
+    match kind:
+        case "zoo":
+            model = zoo.get(rest)()
+        case "timm":
+            model = timm_model(rest, pretrained=pretrained)
+        case "torchvision":
+            model = torchvision_model(rest, pretrained=pretrained)
+        case "hf":
+            model = pretrained_model(rest)
+        case _:
+            model = _made(name)
+    if weights is not None:
+        zoo.load_weights(model, weights)
+    return model.eval()
+
+
+def has_random_weights(
+    name: str, *, weights: str | Path | None = None, pretrained: bool = False
+) -> bool:
+    """Whether `get_model` returns an untrained model for the same arguments.
+
+    What ``module:callable`` returns is taken to be as it should be.
+    """
+    kind, _, rest = name.partition(":")
+    if weights is not None or pretrained:
+        return False
+    return kind in ("timm", "torchvision") or (kind == "zoo" and rest not in _TRAINED_IN_THE_ZOO)
+
+
+def callable_named(name: str) -> Callable[[], Any]:
+    """The callable ``module:callable``; the current folder is searched first.
+
+    Raises:
+        EigenDamageError: if there is none of that name.
+    """
+    module_name, _, attribute = name.partition(":")
+    if not module_name or not attribute:
+        raise EigenDamageError(f"'{name}' is no module:callable")
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        found = getattr(importlib.import_module(module_name), attribute)
+    except ModuleNotFoundError as error:
+        raise EigenDamageError(
+            f"{name}: there is no module '{error.name}' here; run the command in its folder or "
+            f"install it"
+        ) from error
+    except AttributeError as error:
+        raise EigenDamageError(f"{name}: module '{module_name}' has no '{attribute}'") from error
+    if not callable(found):
+        raise EigenDamageError(f"{name} is {type(found).__name__}, not callable")
+    return cast("Callable[[], Any]", found)
+
+
+def _made(name: str) -> nn.Module:
+    if ":" not in name:
+        raise EigenDamageError(f"the model '{name}' is of no known form; expected {FORMS}")
+    built = callable_named(name)()
+    if not isinstance(built, nn.Module):
+        raise EigenDamageError(
+            f"{name} returned {type(built).__name__}; it must return a torch.nn.Module"
+        )
+    return built

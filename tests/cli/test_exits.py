@@ -1,0 +1,170 @@
+"""How commands end: exit codes, errors as JSON, plain lines, and what a shell offers."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+import eigendamage as ed
+from eigendamage import cli, progress
+from eigendamage.cli._exits import EPILOG, Exit, exit_of
+
+runner = CliRunner()
+_GIVEN = ("--model", "m", "--data", "d", "--out", "o")
+
+
+def _main(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str
+) -> tuple[int, str, str]:
+    """The program in this process: exit code, standard output, standard error."""
+    monkeypatch.setattr(sys, "argv", ["eigendamage", *arguments])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    said = capsys.readouterr()
+    return int(end.value.code or 0), said.out, said.err
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ed.BudgetError("x"), Exit.BUDGET),
+        (ed.NothingToCompressError("x"), Exit.BUDGET),
+        (ed.DataError("x"), Exit.INPUT),
+        (ed.ShapeError("conv1", "x"), Exit.INPUT),
+        (ed.EigenDamageError("x"), Exit.INPUT),
+        (FileNotFoundError("x"), Exit.INPUT),
+        (ed.ExtraError("x"), Exit.SURROUNDINGS),
+        (ed.ProcessError("x"), Exit.SURROUNDINGS),
+        (typer.BadParameter("x"), Exit.USAGE),
+        (KeyboardInterrupt(), Exit.INTERRUPTED),
+        (KeyError("x"), Exit.BUG),
+    ],
+)
+def test_an_error_s_class_gives_its_exit_code(error: BaseException, code: Exit) -> None:
+    assert exit_of(error) is code
+
+
+def test_every_exit_code_is_in_the_help_and_in_the_page() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "cli.md").read_text(encoding="utf-8")
+    for code in Exit:
+        assert f"{int(code)} " in EPILOG
+        assert f"| {int(code)} |" in page
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "kind", "words"),
+    [
+        (["compress"], 2, "MissingParameter", "--model"),
+        (["compress", "--size", "1"], 2, "NoSuchOption", "--size"),
+        (["compress", *_GIVEN, "--macs", "2"], 2, "BadParameter", "macs is 2"),
+        (
+            ["sweep", *["--model", "zoo:x", "--data", "d", "--out", "o"]],
+            3,
+            "EigenDamageError",
+            "zoo has no",
+        ),
+    ],
+)
+def test_with_json_an_error_is_one_document_with_the_same_exit_code(
+    arguments: list[str],
+    code: int,
+    kind: str,
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    plain = _main(monkeypatch, capsys, *arguments)
+    found = _main(monkeypatch, capsys, *arguments, "--json")
+    assert plain[0] == found[0] == code
+    assert plain[1] == ""
+    assert words in plain[2]
+    told = json.loads(found[1])
+    assert told.keys() == {"error", "kind", "exit_code"}
+    assert (told["kind"], told["exit_code"]) == (kind, code)
+    assert words in told["error"]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt, 130), (ZeroDivisionError, 1)])
+def test_an_interruption_and_a_bug_have_codes_of_their_own(
+    options: list[str],
+    error: type[BaseException],
+    code: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("eigendamage.cli._sweep.load_model", fail)
+    found, out, err = _main(monkeypatch, capsys, "sweep", *_GIVEN, *options)
+    assert found == code
+    assert ("Traceback" in err) == (code == 1)
+    assert [json.loads(line)["kind"] for line in out.splitlines()] == [error.__name__] * len(
+        options
+    )
+
+
+def test_progress_is_a_plain_line_where_there_is_no_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "_PATIENCE_S", 0.0)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert list(progress.track(range(3), "counting", total=3, enabled=True)) == [0, 1, 2]
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert re.fullmatch(r"counting: \d+\.\d s\n", err)
+
+
+def test_progress_is_a_bar_with_the_time_left_on_a_terminal(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in {"NO_COLOR": "1", "TERM": "xterm", "COLUMNS": "100"}.items():
+        monkeypatch.setenv(name, value)
+    mine, its = pty.openpty()
+    with os.fdopen(its, "w", encoding="utf-8") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        for _ in progress.track(range(3), "counting", total=3, enabled=True):
+            time.sleep(0.2)
+        drawn = os.read(mine, 100_000).decode()
+    os.close(mine)
+    assert "3/3" in drawn
+    assert re.search(r"0:00:00 0:00:0\d", drawn)  # elapsed, and left
+    assert "\x1b[3" not in drawn  # a color
+
+
+def test_a_count_is_gone_through_whole() -> None:
+    assert list(progress.track(range(4), "", total=None, enabled=True)) == [0, 1, 2, 3]
+
+
+def _offered(words: str) -> list[str]:
+    done = runner.invoke(
+        cli.app,
+        [],
+        prog_name="eigendamage",
+        env={"_EIGENDAMAGE_COMPLETE": "complete_zsh", "_TYPER_COMPLETE_ARGS": words},
+    )
+    offered = done.output.replace("\\", "")
+    return [word for word in ("zoo:resnet20", "timm:", "kron-obs", "auto") if word in offered]
+
+
+def test_a_shell_offers_networks_and_methods() -> None:
+    assert _offered("eigendamage compress --model zoo:res") == ["zoo:resnet20"]
+    assert _offered("eigendamage sweep --model ti") == ["timm:"]
+    assert _offered("eigendamage compress --method kron") == ["kron-obs"]
+    shown = runner.invoke(
+        cli.app, [], prog_name="eigendamage", env={"_EIGENDAMAGE_COMPLETE": "source_bash"}
+    )
+    assert "complete -o default -F _eigendamage_completion eigendamage" in shown.output

@@ -1,0 +1,120 @@
+"""The callback of Lightning: a small network that is compressed while it is trained."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import eigendamage as ed
+
+pytest.importorskip("lightning.pytorch", reason="lightning is not installed")
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy
+
+from eigendamage.integrations.lightning import CompressionCallback
+
+_FEW = partial(ed.compress, method="eigendamage", progress=False)
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:.*srun.*"),
+    pytest.mark.filterwarnings("ignore:.*tensorboardX.*"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.*:DeprecationWarning"),
+]
+
+
+class _Inner(LightningModule):
+    """A network within a LightningModule, SGD with momentum, and a schedule."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(
+            *(nn.Conv2d(1, 12, 3), nn.BatchNorm2d(12), nn.ReLU(), nn.Conv2d(12, 12, 3), nn.ReLU()),
+            *(nn.Flatten(), nn.Linear(48, 24), nn.ReLU(), nn.Linear(24, 3)),
+        )
+        self.losses: list[float] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def training_step(self, batch: Any, _: int) -> Tensor:
+        x, y = batch
+        loss = nn.functional.cross_entropy(self(x), y)
+        self.losses.append(loss.item())
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)]
+
+
+def _loader() -> DataLoader[Any]:
+    x = torch.randn(64, 1, 6, 6, generator=torch.Generator().manual_seed(0))
+    return DataLoader(TensorDataset(x, (x.mean((1, 2, 3)) > 0).long()), 16, shuffle=True)
+
+
+def _trainer(folder: Path, callback: CompressionCallback, **options: Any) -> Trainer:
+    return Trainer(
+        accelerator="cpu",
+        default_root_dir=folder,
+        callbacks=[callback, ModelCheckpoint(folder, save_last=True)],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("network", ["", "net"])
+def test_rounds_at_steps_make_a_network_smaller_that_goes_on_training(
+    network: str, tmp_path: Path
+) -> None:
+    callback = CompressionCallback(
+        ed.Budget(macs=0.5), at_steps=(3, 6), network=network, batches=3, compressor=_FEW
+    )
+    module = _Inner()
+    net, before = module.net, sum(p.numel() for p in module.parameters())
+    trainer = _trainer(tmp_path, callback, max_epochs=3)
+    trainer.fit(module, _loader())
+    assert module.net is net
+    assert len(callback.reports) == 2
+    assert callback.reports[0].examples == 48
+    first, last = callback.reports[0].macs[0], callback.reports[1].macs[1]
+    assert last <= 0.5 * first
+    assert sum(p.numel() for p in module.parameters()) < before
+    assert len(module.losses) == 12
+    assert all(0 < loss < 5 for loss in module.losses)
+    (optimizer,) = trainer.optimizers
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    assert {id(p) for p in held} == {id(p) for p in module.parameters()}
+    assert all("momentum_buffer" in optimizer.state[p] for p in held)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.05 * 0.5**3)
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    module.load_state_dict(saved["state_dict"])
+    assert len(saved["optimizer_states"][0]["state"]) == len(held)
+
+
+def test_a_round_after_an_epoch(tmp_path: Path) -> None:
+    callback = CompressionCallback(ed.Budget(macs=0.7), at_epochs=[1], compressor=_FEW)
+    module = _Inner()
+    trainer = _trainer(tmp_path, callback, max_epochs=1)
+    trainer.fit(module, _loader())
+    assert len(callback.reports) == 1
+    assert len(module.losses) == 4
+
+
+def test_a_training_that_is_shared_out_is_refused(tmp_path: Path) -> None:
+    callback = CompressionCallback(ed.Budget(macs=0.7), at_epochs=[1], compressor=_FEW)
+    trainer = _trainer(tmp_path, callback, strategy=DDPStrategy(), devices=2)
+    with pytest.raises(ed.EigenDamageError, match="DDPStrategy of this Trainer shares"):
+        callback.on_fit_start(trainer, _Inner())

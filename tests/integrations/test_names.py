@@ -1,0 +1,124 @@
+"""Models by name."""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import eigendamage as ed
+from eigendamage.integrations.names import has_random_weights
+
+_LIBRARIES = {"timm": "timm", "torchvision": "torchvision", "hf": "transformers"}
+_KINDS = [
+    pytest.param(
+        kind, marks=pytest.mark.skipif(find_spec(kind) is None, reason=f"{kind} is not installed")
+    )
+    for kind in ("timm", "torchvision")
+]
+
+
+@pytest.mark.parametrize("kind", _KINDS)
+def test_models_of_other_libraries_go_by_name(kind: str) -> None:
+    torch.manual_seed(0)
+    model = ed.get_model(f"{kind}:resnet18")
+    assert not model.training
+    assert type(model).__module__.startswith(kind)
+    assert has_random_weights(f"{kind}:resnet18")
+    assert len(ed.find_layers(model).compressible) == 21
+    assert model(torch.randn(1, 3, 32, 32)).shape == (1, 1000)
+    with pytest.raises(ed.EigenDamageError, match="no model 'resnet1_8'"):
+        ed.get_model(f"{kind}:resnet1_8")
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_weights_come_from_a_file(suffix: str, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    trained = ed.zoo.resnet20().state_dict()
+    path = tmp_path / f"weights{suffix}"
+    if suffix == ".pt":
+        torch.save(trained, path)
+    else:
+        save_file(trained, path)
+    model = ed.get_model("zoo:resnet20", weights=path)
+    assert all(torch.equal(value, trained[name]) for name, value in model.state_dict().items())
+    assert not has_random_weights("zoo:resnet20", weights=path)
+    assert has_random_weights("zoo:resnet20")
+    assert not has_random_weights("zoo:demo_network")
+    assert not has_random_weights("mine:net")
+    assert not has_random_weights("timm:resnet18", pretrained=True)
+
+
+def test_code_in_a_file_of_weights_is_not_run(tmp_path: Path) -> None:
+    torch.save(nn.Linear(2, 2), tmp_path / "model.pt")
+    with pytest.raises(ed.FileFormatError, match="weights alone"):
+        ed.get_model("zoo:resnet20", weights=tmp_path / "model.pt")
+
+
+def test_a_folder_of_transformers_is_read_as_its_configuration_says(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(vocab_size=50, n_positions=16, n_embd=16, n_layer=1, n_head=2)
+    torch.manual_seed(0)
+    saved = transformers.GPT2LMHeadModel(config).eval()
+    saved.save_pretrained(tmp_path / "gpt2")
+    model = ed.get_model(f"hf:{tmp_path / 'gpt2'}")
+    assert type(model).__name__ == "GPT2LMHeadModel"
+    assert any(isinstance(m, nn.Linear) for n, m in model.named_modules() if n.endswith("c_fc"))
+    ids = torch.arange(12).view(1, 12)
+    torch.testing.assert_close(model(ids).logits, saved(ids).logits)
+
+    (tmp_path / "gpt2" / "model.safetensors").unlink()
+    torch.save(saved.state_dict(), tmp_path / "gpt2" / "pytorch_model.bin")
+    with pytest.raises(ed.FileFormatError, match="cannot be read as GPT2LMHeadModel"):
+        ed.get_model(f"hf:{tmp_path / 'gpt2'}")
+    with pytest.raises(ed.FileFormatError, match="cannot be read"):
+        ed.get_model(f"hf:{tmp_path}")
+
+
+def test_weights_that_a_file_of_transformers_lacks_are_not_drawn_at_random(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.BertConfig(vocab_size=50, intermediate_size=16, **sizes)
+    transformers.BertModel(config).save_pretrained(tmp_path)
+    config.architectures = ["BertForSequenceClassification"]
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ed.MismatchError, match="classifier"):
+        ed.get_model(f"hf:{tmp_path}")
+
+
+@pytest.mark.parametrize("kind", _LIBRARIES)
+def test_a_missing_package_is_named_with_its_extra(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = _LIBRARIES[kind]
+    for name in [n for n in sys.modules if n.partition(".")[0] == library]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, library, None)
+    extra = {"hf": "huggingface"}.get(kind, kind)
+    with pytest.raises(ed.ExtraError, match=rf"{library} is not .*'eigendamage\[{extra}\]'"):
+        ed.get_model(f"{kind}:resnet18")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("resnet20", {}, "zoo:NAME, timm:NAME"),
+        ("zoo:nix", {}, "the zoo has no network 'nix'"),
+        ("nix:nix", {}, "there is no module 'nix' here"),
+        ("math:pi", {}, "not callable"),
+        ("math:tau2", {}, "has no 'tau2'"),
+        ("platform:system", {}, "must return a torch.nn.Module"),
+        ("zoo:resnet20", {"pretrained": True}, "give the weights as a file"),
+        ("timm:resnet18", {"pretrained": True, "weights": "a.pt"}, "not both"),
+    ],
+)
+def test_a_name_that_cannot_be_is_refused(
+    name: str, options: dict[str, object], words: str
+) -> None:
+    with pytest.raises(ed.EigenDamageError, match=words):
+        ed.get_model(name, **options)

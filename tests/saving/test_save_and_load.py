@@ -1,0 +1,390 @@
+"""What a saved folder has in it, what survives in it, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import eigendamage as ed
+from eigendamage.files import written_together
+
+
+def network(width: int = 6, *, bias: bool = False) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, width, 3, padding=1, bias=bias),
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+        nn.Conv2d(width, 8, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 4),
+    ).eval()
+
+
+def images(n: int = 8) -> Tensor:
+    return torch.randn(n, 3, 6, 6, generator=torch.Generator().manual_seed(1))
+
+
+@functools.cache
+def _curvature() -> ed.Curvature:
+    also = ("patches", "channels", "gradients")
+    return ed.estimate_curvature(network(), [images()], also=also, progress=False)
+
+
+def smaller(method: str = "eigendamage", model: nn.Module | None = None) -> nn.Module:
+    budget = ed.Budget(ratio=0.5) if method == "obd" else ed.Budget(params=0.6)
+    plan = ed.make_plan(network(), _curvature(), budget, method=method)
+    return ed.apply_plan(model or network(), plan, _curvature())
+
+
+def assert_equal(found: nn.Module, expected: nn.Module) -> None:
+    state = expected.state_dict()
+    assert list(found.state_dict()) == list(state)
+    for name, value in found.state_dict().items():
+        assert value.dtype == state[name].dtype, name
+        assert torch.equal(value, state[name]), name
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@functools.cache
+def _compressed() -> ed.Compressed:
+    data, budget = [*images(12).split(4)], ed.Budget(params=0.6)
+    return ed.compress(network(), data, budget=budget, method="kron-obs", progress=False)
+
+
+def test_a_result_is_saved_with_its_plan_and_report(tmp_path: Path) -> None:
+    result = _compressed()
+    ed.save(result, tmp_path / "deep" / "small")
+    folder = tmp_path / "deep" / "small"
+    assert files(folder) == ["model.safetensors", "plan.json", "report.json", "structure.json"]
+    assert ed.Plan.load(folder / "plan.json") == result.plan
+    assert ed.Report.load(folder / "report.json") == result.report
+    found = ed.load(network(), folder)
+    assert_equal(found, result.model)
+    # The model alone knows both, and so does a loaded one.
+    for name, model in (("model", result.model), ("again", found)):
+        ed.save(model, tmp_path / name)
+        for file in files(folder):
+            assert (tmp_path / name / file).read_bytes() == (folder / file).read_bytes()
+
+
+def test_notes_survive_training_copies_and_use_of_a_part(tmp_path: Path) -> None:
+    model = copy.deepcopy(_compressed().model)
+    optimizer = torch.optim.SGD(model.train().parameters(), lr=0.1)
+    model(images()).square().sum().backward()
+    optimizer.step()
+    assert not any("origin" in key or "made" in key for key in model.state_dict())
+    ed.save(copy.deepcopy(model), tmp_path / "all")
+    assert_equal(ed.load(network(), tmp_path / "all"), model)
+    assert (tmp_path / "all" / "report.json").exists()
+    ed.save(model[:4], tmp_path / "part")
+    assert_equal(ed.load(network()[:4], tmp_path / "part"), model[:4])
+    ed.save(nn.ModuleDict({"inner": model}), tmp_path / "whole")
+    whole = ed.load(nn.ModuleDict({"inner": network()}), tmp_path / "whole")
+    assert_equal(whole["inner"], model)
+
+
+def test_a_model_that_was_not_compressed_is_saved_as_well(tmp_path: Path) -> None:
+    ed.save(network(), tmp_path)
+    assert files(tmp_path) == ["model.safetensors", "structure.json"]
+    other = network()
+    with torch.no_grad():
+        other[0].weight.zero_()
+    assert_equal(ed.load(other, tmp_path), network())
+
+
+def test_the_structure_says_forms_ranks_and_dropped_channels(tmp_path: Path) -> None:
+    small = smaller("kron-obs")
+    ed.save(small, tmp_path)
+    found = ed.Structure.load(tmp_path / "structure.json").modules
+    conv, norm, after = found["0"], found["1"], found["3"]
+    assert len(conv.dropped_outputs) == 6 - small[0].out_channels > 0
+    assert conv.dropped_outputs == norm.dropped_outputs == after.dropped_inputs
+    ed.save(smaller(), tmp_path)
+    found = ed.Structure.load(tmp_path / "structure.json").modules
+    stages = found["3"].stages
+    assert stages is not None
+    factored = smaller()[3]
+    assert (stages.form, *stages.ranks) == factored.layout
+    assert [s.kernel for s in stages.layers] == [c.kernel_size for c in factored]
+    assert [s.stride for s in stages.layers] == [c.stride for c in factored]
+
+
+def test_dtype_layout_and_frozen_parameters(tmp_path: Path) -> None:
+    original = network().bfloat16().to(memory_format=torch.channels_last)
+    original[3].weight.requires_grad_(False)
+    for method in ("eigendamage", "kron-obs", "obd"):
+        small = smaller(method, original)
+        ed.save(small, tmp_path)
+        fresh = network()
+        fresh[3].weight.requires_grad_(False)
+        found = ed.load(fresh, tmp_path)
+        assert_equal(found, small)
+        for (name, value), expected in zip(
+            found.named_parameters(), small.parameters(), strict=True
+        ):
+            assert value.stride() == expected.stride(), name
+            assert value.requires_grad == expected.requires_grad, name
+
+
+def test_masks_stay_masks(tmp_path: Path) -> None:
+    small = smaller("obd")
+    ed.save(small, tmp_path)
+    found = ed.load(network(), tmp_path)
+    assert torch.equal(found[3].weight, small[3].weight)  # before it has run
+    assert bool((found[3].weight_mask == 0).any())
+    torch.nn.utils.prune.remove(small[3], "weight")  # which puts the weight after the bias
+    ed.save(small, tmp_path)
+    found, state = ed.load(network(), tmp_path).state_dict(), small.state_dict()
+    assert found.keys() == state.keys() >= {"3.weight", "0.weight_mask"}
+    assert all(torch.equal(value, state[name]) for name, value in found.items())
+
+
+class Tied(nn.Module):
+    """Two names for one weight, a buffer that is saved and one that is not."""
+
+    def __init__(self, *, tied: bool = True) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(7, 5)
+        self.inner = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 5))
+        self.head = nn.Linear(5, 7, bias=False)
+        if tied:
+            self.head.weight = self.embed.weight
+        self.register_buffer("scale", torch.full((), 2.0))
+        self.register_buffer("shift", torch.full((), 3.0), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.inner(self.embed(x)) * self.scale + self.shift)
+
+
+def test_ties_and_buffers(tmp_path: Path) -> None:
+    model, x = Tied().eval(), torch.randint(0, 7, (6, 3))
+    model.scale.fill_(5)
+    result = ed.compress(
+        model, [x], budget=ed.Budget(params=0.9), method="eigendamage", progress=False
+    )
+    ed.save(result, tmp_path)
+    found = ed.load(Tied().eval(), tmp_path)
+    assert found.head.weight is found.embed.weight
+    assert "head.weight" not in load_file(tmp_path / "model.safetensors")
+    assert_equal(found, result.model)
+    assert torch.equal(found(x), result.model(x))
+    # An original that is not tied gets the weight twice; one that is tied cannot have two.
+    assert_equal(ed.load(Tied(tied=False), tmp_path), result.model)
+    ed.save(Tied(tied=False), tmp_path)
+    with pytest.raises(ed.FileFormatError, match=r"'head.weight' and 'embed.weight' are one"):
+        ed.load(Tied(), tmp_path)
+
+
+def test_the_original_may_be_on_no_device(tmp_path: Path) -> None:
+    small = smaller()
+    ed.save(small, tmp_path)
+    with torch.device("meta"):
+        original, tied = network(), Tied()
+    assert_equal(ed.load(original, tmp_path), small)
+    assert_equal(ed.load(original, tmp_path, device="cpu"), small)
+    ed.save(Tied(), tmp_path)
+    with pytest.raises(ed.MismatchError, match=r"buffer 'shift'.*build the model on the CPU"):
+        ed.load(tied, tmp_path)
+
+
+def test_another_model_is_refused_by_the_first_name_that_does_not_fit(tmp_path: Path) -> None:
+    ed.save(smaller(), tmp_path)
+    for model, message in (
+        (network(7), r"'0.weight' .* shape \(7, 3, 3, 3\), .* had \(6, 3, 3, 3\)"),
+        (network(bias=True), r"the model has '0.bias' of shape \(6,\)"),
+        (network()[:-1], r"no '7.weight', .* of shape \(4, 8\)"),
+        (smaller(), r"the model has '3.0.weight'.*before it was compressed"),
+        (nn.LazyLinear(3), "'weight' of the model has no shape yet"),
+    ):
+        with pytest.raises(ed.MismatchError, match=message):
+            ed.load(model, tmp_path)
+    strided = network()
+    strided[3].stride = (1, 1)
+    with pytest.raises(ed.MismatchError, match=r"'3' of the model reads by .*stride=\(1, 1\)"):
+        ed.load(strided, tmp_path)
+
+
+Edit = Callable[[dict[str, Any]], object]
+EDITS: dict[str, tuple[Edit, str]] = {
+    "version": (lambda s: s.update(version=2), "version"),
+    "no version": (lambda s: s.pop("version"), "says no version"),
+    "unknown field": (lambda s: s.update(code="import os"), "code"),
+    "a number as text": (lambda s: s["original"].update({"0.weight": ["6", 3, 3, 3]}), "original"),
+    "a shape below zero": (lambda s: s["original"].update({"0.weight": [-6, 3]}), "original"),
+    "no such module": (lambda s: s["modules"].update({"9.no": {}}), "'9.no' is no module"),
+    "rank below zero": (lambda s: _stage(s)["layers"][0].update(outputs=-2), "outputs"),
+    "rank too large": (lambda s: _stage(s)["layers"][0].update(outputs=10**30), "outputs"),
+    "a huge rank": (lambda s: _widen(s, 2**31 - 1), r"'3\.0\.weight' in .* has shape"),
+    "another rank": (lambda s: _widen(s, 1), r"'3\.0\.weight' in .* has shape"),
+    "stages that do not meet": (
+        lambda s: _stage(s)["layers"][0].update(outputs=1),
+        "the stages of '3' do not fit",
+    ),
+    "ranks that are not theirs": (lambda s: _stage(s).update(ranks=[1, 1]), "is said to be"),
+    "stages of another kind": (
+        lambda s: s["modules"].update({"7": {"stages": _stage(s)}}),
+        "'7' is a Linear",
+    ),
+    "a channel that is not there": (
+        lambda s: s["modules"]["3"].update(dropped_outputs=[99]),
+        "'3' drops are not distinct ones below 8",
+    ),
+    "a channel too few": (
+        lambda s: s["modules"]["3"].update(dropped_outputs=[1]),
+        r"'3' cannot have the form.*stages have \(8, 6\)",
+    ),
+    "no channel left": (
+        lambda s: s["modules"].update({"1": {"dropped_outputs": list(range(6))}}),
+        "'1' cannot have the form that is saved.*no output channel would be left",
+    ),
+    "channels of what has none": (
+        lambda s: s["modules"].update({"2": {"dropped_outputs": [0]}}),
+        "'2' cannot have the form that is saved.*ReLU",
+    ),
+    "a bias twice": (
+        lambda s: s["modules"].update({"7": {"added_bias": True}}),
+        "'7' cannot be given a bias",
+    ),
+    "a mask of nothing": (
+        lambda s: s["modules"].update({"2": {"masked": True}}),
+        "'2' cannot have the form that is saved",
+    ),
+    "an attribute that is no count": (
+        lambda s: s["modules"].update({"2": {"counts": {"forward": [0, 1]}}}),
+        "'forward' of '2' is None",
+    ),
+    "an attribute that is a switch": (
+        lambda s: s["modules"].update({"2": {"counts": {"training": [0, 1]}}}),
+        "'training' of '2' is False",
+    ),
+    "strides that overlap": (
+        lambda s: s["layouts"].update({"7.weight": [1, 1]}),
+        "the layout of '7.weight'",
+    ),
+    "a tie that is none": (
+        lambda s: s["ties"].update({"7.bias": "1.bias"}),
+        r"'1\.bias' in .* has shape \(6,\)",
+    ),
+}
+
+
+def _stage(structure: dict[str, Any]) -> dict[str, Any]:
+    return structure["modules"]["3"]["stages"]
+
+
+def _widen(structure: dict[str, Any], rank: int) -> None:
+    stages = _stage(structure)
+    first, second, *_ = stages["layers"]
+    first["outputs"] = second["inputs"] = rank
+    stages["ranks"][0 if stages["form"] == "merge_in" else 1] = rank
+
+
+@pytest.mark.parametrize("what", list(EDITS))
+def test_a_structure_that_was_tampered_with_is_refused(what: str, tmp_path: Path) -> None:
+    edit, message = EDITS[what]
+    ed.save(smaller(), tmp_path)
+    path = tmp_path / "structure.json"
+    structure = json.loads(path.read_text())
+    edit(structure)
+    path.write_text(json.dumps(structure))
+    model = network()
+    before, text = copy.deepcopy(model.state_dict()), repr(model)
+    with pytest.raises((ed.FileFormatError, ed.MismatchError), match=message):
+        ed.load(model, tmp_path)
+    assert repr(model) == text
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_weights_that_were_tampered_with_are_refused(tmp_path: Path) -> None:
+    ed.save(smaller(), tmp_path)
+    path = tmp_path / "model.safetensors"
+    whole, tensors = path.read_bytes(), load_file(path)
+    for cut in (0, 5, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:cut])
+        with pytest.raises(ed.FileFormatError, match="is not a whole safetensors file"):
+            ed.load(network(), tmp_path)
+    for changed, message in (
+        ({k: v for k, v in tensors.items() if k != "7.bias"}, "has no '7.bias'"),
+        ({**tensors, "8.weight": torch.ones(2)}, "has '8.weight', which the model has not"),
+        ({**tensors, "7.bias": torch.ones(5)}, r"'7.bias' in .* shape \(5,\), .* \(4,\)"),
+        ({**tensors, "7.bias": torch.ones(4, dtype=torch.int64)}, "'7.bias' in .* is torch.int64"),
+    ):
+        save_file(changed, path)
+        with pytest.raises(ed.FileFormatError, match=message):
+            ed.load(network(), tmp_path)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"no model\.safetensors"):
+        ed.load(network(), tmp_path)
+    for text in ("", "{", "[]", "[" * 100_000):
+        (tmp_path / "structure.json").write_text(text)
+        with pytest.raises(ed.FileFormatError, match="structure"):
+            ed.load(network(), tmp_path)
+
+
+def test_what_cannot_be_saved_is_refused_and_leaves_no_folder(tmp_path: Path) -> None:
+    small = smaller()
+    nn.utils.parametrizations.weight_norm(small[3][0])
+    with pytest.raises(ed.LayerError, match=r"'3\.0'.*parametrizations"):
+        ed.save(small, tmp_path / "small")
+
+    class Stateful(nn.Linear):
+        def get_extra_state(self) -> object:
+            return {"calls": 1}
+
+        def set_extra_state(self, state: object) -> None:
+            raise AssertionError
+
+    with pytest.raises(ed.EigenDamageError, match="_extra_state"):
+        ed.save(Stateful(2, 2), tmp_path / "small")
+    sparse = nn.Module()
+    sparse.register_buffer("scale", torch.eye(2).to_sparse())
+    with pytest.raises(ed.EigenDamageError, match=r"'scale' is .*sparse"):
+        ed.save(sparse, tmp_path / "small")
+    with pytest.raises(ed.EigenDamageError, match="'weight' is on the meta device"):
+        ed.save(nn.Linear(2, 2, device="meta"), tmp_path / "small")
+    assert files(tmp_path) == []
+
+
+def test_a_folder_appears_whole_and_files_of_others_stay(tmp_path: Path) -> None:
+    folder = tmp_path / "small"
+
+    def stop() -> None:
+        with written_together(folder, ["a"]) as beside:
+            (beside / "a").write_text("half")
+            raise RuntimeError("stopped")
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        stop()
+    assert files(tmp_path) == []
+    ed.save(_compressed(), folder)
+    (folder / "notes.txt").write_text("mine")
+    ed.save(network(), folder)  # which has neither plan nor report
+    assert files(folder) == ["model.safetensors", "notes.txt", "structure.json"]
+    assert files(tmp_path) == ["small"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError, match="file"):
+        ed.save(network(), tmp_path / "file")
+
+
+def test_products_of_narrow_numbers_are_rounded_once() -> None:
+    small = smaller().half()
+    dense = ed.densify(small)
+    wide = copy.deepcopy(small[3]).double().weight
+    assert dense[3].weight.dtype == torch.float16
+    assert torch.equal(dense[3].weight, wide.half())
+    assert any(isinstance(m, ed.FactoredConv2d) for m in small.modules())
