@@ -16,6 +16,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from textwrap import dedent
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md")))
@@ -78,7 +79,7 @@ def read(text: str, page: str) -> list[Unit]:
             said = comment[1]
             if said == "setup":
                 end = _closing(lines, at, lambda text: text.strip() == "-->", page)
-                units[-1].blocks.append(Block("setup", "\n".join(lines[at:end]), at + 1))
+                units[-1].blocks.append(Block("setup", dedent("\n".join(lines[at:end])), at + 1))
                 at = end + 1
             elif said == "sections -->":
                 by_section = True

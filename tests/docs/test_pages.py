@@ -16,8 +16,8 @@ from torch import nn
 
 import eigendamage as ed
 from eigendamage.zoo import ImageSet
-from eigendamage.zoo._resnet import ResNet
 from tests.docs import commands, signatures
+from tests.docs.models import residual
 from tests.docs.reading import PAGES, Block, PageError, Unit, read, units
 
 IMAGES = 60
@@ -34,11 +34,7 @@ def small_zoo(monkeypatch: pytest.MonkeyPatch) -> None:
     images = {split: ed.zoo.fashion_mnist(split) for split in ("train", "test")}
 
     def demo_network(pretrained: bool = True) -> nn.Module:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            return ResNet(
-                2, (4, 4, 8), in_channels=1, stem_stride=2, shortcut="projection"
-            ).eval()
+        return residual((8, 12, 16))
 
     def fashion_mnist(split: str) -> ImageSet:
         return images[split].take(slice(IMAGES))
