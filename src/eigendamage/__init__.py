@@ -19,6 +19,7 @@ from eigendamage.errors import BudgetError as BudgetError
 from eigendamage.errors import ChannelError as ChannelError
 from eigendamage.errors import DataError as DataError
 from eigendamage.errors import EigenDamageError as EigenDamageError
+from eigendamage.errors import ExportError as ExportError
 from eigendamage.errors import ExtraError as ExtraError
 from eigendamage.errors import FileFormatError as FileFormatError
 from eigendamage.errors import LayerError as LayerError
@@ -28,6 +29,9 @@ from eigendamage.errors import NonFiniteError as NonFiniteError
 from eigendamage.errors import NothingToCompressError as NothingToCompressError
 from eigendamage.errors import ProcessError as ProcessError
 from eigendamage.errors import ShapeError as ShapeError
+from eigendamage.export import Export as Export
+from eigendamage.export import export as export
+from eigendamage.export import plain as plain
 from eigendamage.integrations.names import get_model as get_model
 from eigendamage.layers import FactoredConv2d as FactoredConv2d
 from eigendamage.layers import FactoredLinear as FactoredLinear

@@ -67,8 +67,8 @@ class Batch:
             return x.to(device, non_blocking=True)
 
         return Batch(
-            tuple(_map_tensors(a, move) for a in self.args),
-            {k: _map_tensors(v, move) for k, v in self.kwargs.items()},
+            tuple(map_tensors(a, move) for a in self.args),
+            {k: map_tensors(v, move) for k, v in self.kwargs.items()},
             None if self.target is None else move(self.target),
             self.size,
         )
@@ -80,8 +80,8 @@ class Batch:
             return x[start:stop]
 
         return Batch(
-            tuple(_map_tensors(a, cut) for a in self.args),
-            {k: _map_tensors(v, cut) for k, v in self.kwargs.items()},
+            tuple(map_tensors(a, cut) for a in self.args),
+            {k: map_tensors(v, cut) for k, v in self.kwargs.items()},
             None if self.target is None else self.target[start:stop],
             stop - start,
         )
@@ -238,8 +238,8 @@ def as_batch(raw: object, index: int, device: torch.device) -> Batch:
         moved = x.detach().to(device, non_blocking=True)
         return moved.clone() if moved.is_inference() else moved
 
-    args = tuple(_map_tensors(a, move) for a in args)
-    kwargs = {k: _map_tensors(v, move) for k, v in kwargs.items()}
+    args = tuple(map_tensors(a, move) for a in args)
+    kwargs = {k: map_tensors(v, move) for k, v in kwargs.items()}
     if target is not None and not isinstance(target, Tensor):
         try:
             target = torch.as_tensor(target)
@@ -258,15 +258,16 @@ def as_batch(raw: object, index: int, device: torch.device) -> Batch:
     return Batch(args, kwargs, moved_target, size)
 
 
-def _map_tensors(item: Any, function: Callable[[Tensor], Tensor]) -> Any:
+def map_tensors(item: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """The same nested lists, tuples and mappings with a function done to each tensor."""
     if isinstance(item, Tensor):
         return function(item)
     if isinstance(item, list | tuple):
         items = cast("list[Any] | tuple[Any, ...]", item)
-        mapped = [_map_tensors(x, function) for x in items]
+        mapped = [map_tensors(x, function) for x in items]
         return mapped if isinstance(items, list) else tuple(mapped)
     if isinstance(item, Mapping):
-        return {k: _map_tensors(v, function) for k, v in cast("Mapping[Any, Any]", item).items()}
+        return {k: map_tensors(v, function) for k, v in cast("Mapping[Any, Any]", item).items()}
     return item
 
 
@@ -278,7 +279,7 @@ def tensors_in(item: Any) -> list[Tensor]:
         found.append(x)
         return x
 
-    _map_tensors(item, keep)
+    map_tensors(item, keep)
     return found
 
 

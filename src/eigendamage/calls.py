@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -14,7 +15,13 @@ from eigendamage.errors import DataError, LossError
 
 
 def call(model: nn.Module, batch: Batch) -> Any:
-    """The model's raw output on a batch.
+    """The model's raw output on a batch, passed as `as_passed` says."""
+    passed = as_passed(model, batch)
+    return model(*passed.args, **passed.kwargs)
+
+
+def as_passed(model: nn.Module, batch: Batch) -> Batch:
+    """The batch by position and by name as the model takes it.
 
     A dict with one tensor under a name that ``forward`` does not know is passed by position.
     """
@@ -23,8 +30,8 @@ def call(model: nn.Module, batch: Batch) -> Any:
         parameters = inspect.signature(model.forward).parameters
         takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         if name not in parameters and not takes_any:
-            return model(value)
-    return model(*batch.args, **batch.kwargs)
+            return replace(batch, args=(value,), kwargs={})
+    return batch
 
 
 def first_call(model: nn.Module, batch: Batch) -> Any:

@@ -56,6 +56,10 @@ class FileFormatError(EigenDamageError):
     """A file is not what it should be: another format, another version, cut short."""
 
 
+class ExportError(EigenDamageError):
+    """A model cannot be exported, or what was exported computes something else."""
+
+
 class ProcessError(EigenDamageError):
     """Another of several processes that compute one result failed, ended or is out of step."""
 

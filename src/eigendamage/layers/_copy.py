@@ -6,14 +6,16 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
+
+from eigendamage.batches import tensors_in
 
 
 def copy_model(model: nn.Module, memo: Mapping[int, Any] | None = None) -> nn.Module:
     """A deep copy, also of a model that has run with masks or weight norm.
 
-    Such layers hold a weight that autograd computed, which does not copy itself; the copy holds its
-    value until it runs.
+    Such layers hold a weight that autograd computed, which does not copy itself, and others keep
+    what they computed in a list or dict; the copy holds its value until it runs.
 
     Args:
         model: the model.
@@ -22,7 +24,7 @@ def copy_model(model: nn.Module, memo: Mapping[int, Any] | None = None) -> nn.Mo
     computed = {
         id(value): value.detach().clone()
         for module in model.modules()
-        for value in vars(module).values()
-        if isinstance(value, Tensor) and not value.is_leaf
+        for value in tensors_in(list(vars(module).values()))
+        if not value.is_leaf
     }
     return copy.deepcopy(model, {**computed, **(memo or {})})

@@ -44,11 +44,11 @@ class PolishConfig:
 
     passes: int = 10
     batch_size: int = 64
-    learning_rate: float = 2e-3
-    average: float = 0.98
+    learning_rate: float = 1e-3
+    average: float = 0.99
     clip: float | None = None
     temperature: float = 2.0
-    feature_weight: float = 30.0
+    feature_weight: float = 150.0
     augment: Augment | None = None
 
     def training(self, seed: int) -> FinetuneConfig:
