@@ -49,6 +49,8 @@ def check(words: list[str]) -> None:
             for extra in re.findall(r"eigendamage\[([\w,]+)\]", " ".join(rest)):
                 for name in extra.split(","):
                     _require(name in _extras(), f"no extra {name}")
+        case [name, *rest] if "=" in name:  # a variable of the environment
+            check(rest)
         case ["cd" | "git", *_]:
             pass
         case _:
