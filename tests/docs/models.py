@@ -14,10 +14,10 @@ LETTERS = "abcdefghijklmnopqrst "
 
 
 def residual(widths: tuple[int, int, int]) -> nn.Module:
-    """The bundled network with other widths and random weights, in evaluation mode."""
+    """The bundled network with other widths, one block a stage and random weights, in eval mode."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return ResNet(2, widths, in_channels=1, stem_stride=2, shortcut="projection").eval()
+        return ResNet(1, widths, in_channels=1, stem_stride=2, shortcut="projection").eval()
 
 
 def tokenizer() -> Any:
