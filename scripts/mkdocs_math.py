@@ -19,8 +19,9 @@ def mathml(latex: str) -> str:
     Raises:
         ValueError: if it has a command that is not known.
     """
-    found = convert(latex.strip(), display="block")
-    if unknown := re.search(r"\\[A-Za-z]+", found):
+    known = latex.strip().replace("{aligned}", "{align*}")  # alike, but the converter's own name
+    found = convert(known, display="block")
+    if unknown := re.search(r"\\[A-Za-z]+|>&(?:amp;|#x00026;)?<", found):
         raise ValueError(f"no rule draws {unknown[0]} of the formula {latex.strip()!r}")
     return found
 

@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from unittest.mock import patch
 
 import pytest
@@ -18,7 +19,7 @@ import eigendamage as ed
 from eigendamage.zoo import ImageSet
 from tests.docs import commands, signatures
 from tests.docs.models import residual
-from tests.docs.reading import PAGES, Block, PageError, Unit, read, units
+from tests.docs.reading import PAGES, ROOT, Block, PageError, Unit, read, units
 
 IMAGES = 60
 UNITS = units()
@@ -86,6 +87,16 @@ def test_python_names_what_exists_and_calls_it_as_it_is(unit: Unit):
     assert not found
 
 
+def math_hook() -> ModuleType:
+    """What draws formulas when the pages are built."""
+    spec = importlib.util.spec_from_file_location("math_hook", ROOT / "scripts" / "mkdocs_math.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.mark.parametrize("unit", named([each for each in UNITS if each.blocks]))
 def test_every_other_block_is_checked(unit: Unit):
     for block in unit.blocks:
@@ -99,8 +110,18 @@ def test_every_other_block_is_checked(unit: Unit):
                     commands.check(words)
             case "json":
                 json.loads(block.code)
+            case "math":
+                pytest.importorskip("latex2mathml", reason="the extra docs is not installed")
+                assert math_hook().mathml(block.code).startswith("<math")
             case other:
                 raise PageError(f"{unit.page}:{block.line}: no rule covers a block of {other!r}")
+
+
+def test_a_formula_that_would_not_be_drawn_is_refused():
+    pytest.importorskip("latex2mathml", reason="the extra docs is not installed")
+    for latex in (r"\nosuchcommand x", r"a & b"):
+        with pytest.raises(ValueError, match="no rule draws"):
+            math_hook().mathml(latex)
 
 
 def test_all_pages_are_read():
