@@ -11,6 +11,7 @@ from eigendamage.cli._compare import compare_command
 from eigendamage.cli._compress import compress_command
 from eigendamage.cli._demo import demo_command
 from eigendamage.cli._exits import EPILOG, Exit, tell
+from eigendamage.cli._export import export_command
 from eigendamage.cli._processes import in_one_process, processes
 from eigendamage.cli._sweep import sweep_command
 
@@ -25,6 +26,7 @@ app.command("demo", epilog=EPILOG)(in_one_process(demo_command))
 app.command("compress", epilog=EPILOG)(compress_command)
 app.command("sweep", epilog=EPILOG)(in_one_process(sweep_command))
 app.command("compare", epilog=EPILOG)(in_one_process(compare_command))
+app.command("export", epilog=EPILOG)(in_one_process(export_command))
 
 
 def _show_version(wanted: bool) -> bool:

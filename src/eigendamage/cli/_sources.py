@@ -50,14 +50,22 @@ class Training:
     augment: bool
 
 
-def load_model(name: str, weights: Path | None, *, pretrained: bool = False) -> nn.Module:
+def load_model(
+    name: str, weights: Path | None, *, pretrained: bool = False, quiet: bool = False
+) -> nn.Module:
     """The model of that name, see `get_model`; a line on standard error if its weights are random.
+
+    ``quiet`` leaves that line out, where the weights do not matter.
 
     Raises:
         EigenDamageError: as `get_model` does.
     """
     model = get_model(name, weights=weights, pretrained=pretrained)
-    if has_random_weights(name, weights=weights, pretrained=pretrained) and rank() == 0:
+    if (
+        has_random_weights(name, weights=weights, pretrained=pretrained)
+        and rank() == 0
+        and not quiet
+    ):
         also = "" if name.startswith("zoo:") else " or --pretrained"
         print(
             f"note: the weights of {name} are random: nothing that is measured of it means "

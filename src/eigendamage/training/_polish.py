@@ -48,7 +48,7 @@ class PolishConfig:
     average: float = 0.99
     clip: float | None = None
     temperature: float = 2.0
-    feature_weight: float = 150.0
+    feature_weight: float = 400.0
     augment: Augment | None = None
 
     def training(self, seed: int) -> FinetuneConfig:
