@@ -262,11 +262,11 @@ def test_a_table_without_its_result_says_so(copy: Path):
     assert check(copy).returncode == 0
 
 
-def test_examples_of_the_readme_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_the_first_example_of_the_readme_does_what_it_says_of_the_real_network(
+    capsys: pytest.CaptureFixture[str],
 ):
-    monkeypatch.chdir(tmp_path)
-    first, *others = python_blocks(ROOT / "README.md")
+    """All examples run in tests/docs, with a narrow network that was never trained."""
+    first, *_ = python_blocks(ROOT / "README.md")
     for many, few in (("[:500]", "[:200]"), ("split(100)", "split(40)"), ("(500)", "(200)")):
         assert many in first
         first = first.replace(many, few)  # as many batches, of fewer images
@@ -279,14 +279,6 @@ def test_examples_of_the_readme_run(
     assert small.report.final.accuracy is not None
     assert small.report.final.accuracy > 0.7
     assert "rise of loss" in capsys.readouterr().out
-    # What follows goes on with the same names; the curvature is the one at hand.
-    names["curvature"] = small.curvature
-    for block in others:
-        lines = [line for line in block.splitlines() if "estimate_curvature" not in line]
-        exec(compile("\n".join(lines), "README.md", "exec"), names)
-    plan = ed.Plan.load("plan.json")
-    assert plan.macs[1] <= 0.35 * plan.macs[0]
-    assert list(ed.load_curvature("curvature.safetensors")) == list(plan.layers)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
