@@ -70,7 +70,8 @@ def test_a_result_is_saved_with_its_plan_and_report(tmp_path: Path) -> None:
     result = _compressed()
     ed.save(result, tmp_path / "deep" / "small")
     folder = tmp_path / "deep" / "small"
-    assert files(folder) == ["model.safetensors", "plan.json", "report.json", "structure.json"]
+    told = ["plan.json", "report.html", "report.json"]
+    assert files(folder) == ["model.safetensors", *told, "structure.json"]
     assert ed.Plan.load(folder / "plan.json") == result.plan
     assert ed.Report.load(folder / "report.json") == result.report
     found = ed.load(network(), folder)
