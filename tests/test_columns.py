@@ -102,6 +102,19 @@ def test_without_a_model_columns_are_refused_with_what_to_do() -> None:
             ed.estimate_curvature(_Two(), data, progress=False)
 
 
+def test_a_part_is_held_out_of_a_dataset_but_not_of_a_stream() -> None:
+    data = ed.column_batches(_dataset(), _Two(), batch_size=5)
+    rest, held = data.holding_out(0.25, seed=1)
+    assert (len(rest), len(held)) == (3, 1)
+    rows = torch.cat([b["x"] for b in (*rest, *held)])
+    assert sorted(rows.tolist()) == sorted(_dataset()["x"][:])
+    stream = ed.column_batches(_dataset().to_iterable_dataset(), _Two())
+    with pytest.raises(ed.DataError, match="streamed dataset cannot be divided"):
+        stream.holding_out(0.25, seed=1)
+    with pytest.raises(ed.DataError, match="too few"):
+        ed.column_batches(_dataset(), _Two()).holding_out(0.99, seed=1)
+
+
 def test_a_transform_of_the_dataset_s_own_is_kept() -> None:
     data = _dataset()
     data.set_transform(lambda raw: {"x": [2 * torch.tensor(row) for row in raw["x"]]})

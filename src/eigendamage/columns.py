@@ -48,6 +48,26 @@ class ColumnBatches:
         """
         return math.ceil(len(self._dataset) / self._batch_size)
 
+    def holding_out(self, fraction: float, seed: int) -> tuple[ColumnBatches, ColumnBatches]:
+        """What is left, and a part of the examples that is held out.
+
+        Raises:
+            DataError: if the dataset is streamed, or has too few examples.
+        """
+        if not hasattr(self._dataset, "select"):
+            raise DataError(
+                "a streamed dataset cannot be divided; give held_out=, or a config with held_out=0"
+            )
+        count = len(self._dataset)
+        held = max(1, round(fraction * count))
+        if held >= count:
+            raise DataError(f"the dataset has {count} examples, too few to hold out {fraction:g}")
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+        return self._part(sorted(order[held:])), self._part(sorted(order[:held]))
+
+    def _part(self, indices: list[int]) -> ColumnBatches:
+        return ColumnBatches(self._dataset.select(indices), self._arguments, self._batch_size)
+
 
 def column_batches(
     dataset: Any,

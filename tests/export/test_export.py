@@ -355,6 +355,16 @@ def test_the_model_and_the_random_state_are_left_alone(tmp_path: Path) -> None:
         assert torch.equal(value, before[name]), name
 
 
+def test_a_folder_of_plain_code_is_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    x = torch.randn(4, 3, 7, 6)
+    for _ in range(2):
+        _export(_factored(), tmp_path / "plain", x, format="plain")
+        assert {f.name for f in (tmp_path / "plain").iterdir()} == {"model.py", "model.safetensors"}
+
+
 def test_the_plain_file_runs_without_this_package(tmp_path: Path) -> None:
     model, x = _factored(), torch.randn(5, 3, 7, 6)
     _export(model, tmp_path / "plain", x, format="plain")

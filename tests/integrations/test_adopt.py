@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -48,7 +49,9 @@ def _step(model: nn.Module, optimizer: torch.optim.Optimizer) -> float:
 
 
 @pytest.mark.parametrize("method", ["auto", "eigendamage", "kron-obs"])
-def test_the_module_stays_and_returns_what_the_compressed_one_does(method: str) -> None:
+def test_the_module_stays_and_returns_what_the_compressed_one_does(
+    method: str, tmp_path: Path
+) -> None:
     model = _network()
     optimizer = _optimizer(model)
     first, head = model[0], model[-1].weight
@@ -58,6 +61,13 @@ def test_the_module_stays_and_returns_what_the_compressed_one_does(method: str) 
         model, _inputs(), budget=ed.Budget(macs=0.5), method=method, progress=False
     )
     adopt(model, result, [optimizer])
+    # It is saved like what compress returned, plan and report included.
+    for name, each in (("live", model), ("result", result)):
+        ed.save(each, tmp_path / name)
+    loaded = ed.load(_network(), tmp_path / "live")
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in loaded.state_dict().items())
+    for file in ("structure.json", "plan.json", "report.json"):
+        assert (tmp_path / "live" / file).read_bytes() == (tmp_path / "result" / file).read_bytes()
     x = torch.randn(5, 3, 6, 6)
     torch.testing.assert_close(model(x), result.model(x))
     assert model.state_dict().keys() == result.model.state_dict().keys()
@@ -110,6 +120,17 @@ def test_lbfgs_is_refused_before_anything_is_changed() -> None:
     with pytest.raises(ed.EigenDamageError, match="LBFGS"):
         adopt(model, result, [torch.optim.LBFGS(model.parameters())])
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_masks_are_refused_before_anything_is_changed() -> None:
+    model = _network().eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    result = ed.compress(
+        model, _inputs(), budget=ed.Budget(ratio=0.5), method="obd", progress=False
+    )
+    with pytest.raises(ed.EigenDamageError, match="'obd' masks weights"):
+        adopt(model, result, [])
+    assert all(torch.equal(value, model.state_dict()[k]) for k, value in before.items())
 
 
 def test_every_parameter_takes_the_place_of_one() -> None:

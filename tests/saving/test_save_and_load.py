@@ -99,6 +99,28 @@ def test_notes_survive_training_copies_and_use_of_a_part(tmp_path: Path) -> None
     assert_equal(whole["inner"], model)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, on compiling
+def test_a_compiled_model_is_saved_as_the_one_that_it_is_of(tmp_path: Path) -> None:
+    model = smaller()
+    ed.save(torch.compile(model), tmp_path / "compiled")
+    ed.save(model, tmp_path / "plain")
+    for file in files(tmp_path / "plain"):
+        assert (tmp_path / "compiled" / file).read_bytes() == (
+            tmp_path / "plain" / file
+        ).read_bytes()
+
+
+def test_a_model_without_its_factored_classes_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ed.LayerError, match=r"not what ed\.plain made of it"):
+        ed.save(ed.plain(smaller()), tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_result_is_one_line(tmp_path: Path) -> None:
+    assert len(repr(_compressed())) < 150
+    assert "kron-obs" in repr(_compressed())
+
+
 def test_a_model_that_was_not_compressed_is_saved_as_well(tmp_path: Path) -> None:
     ed.save(network(), tmp_path)
     assert files(tmp_path) == ["model.safetensors", "structure.json"]

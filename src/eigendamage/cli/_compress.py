@@ -22,6 +22,7 @@ from eigendamage.plan import ACTIONS, METHODS
 from eigendamage.report import PlanReport, print_plan, print_report
 from eigendamage.saving import save
 from eigendamage.training import FinetuneConfig, PolishConfig, crops_and_flips
+from eigendamage.zoo import ImageBatches
 
 _PASSES = 10
 
@@ -105,7 +106,7 @@ def compress_command(
     augment: bool = typer.Option(
         True,
         "--augment/--no-augment",
-        help="Shift and mirror images where something is trained.",
+        help="Shift and mirror images that are read from files where something is trained.",
     ),
     latency_batch: int = typer.Option(1, help="Images a call where latency is measured."),
     examples: int = typer.Option(2000, help="The most images to take the curvature on."),
@@ -153,9 +154,9 @@ def compress_command(
     )
     if polish is None:
         polish = _PASSES if method == "auto" and not epochs else 0
-    polishing = (
-        PolishConfig(passes=polish, augment=crops_and_flips() if augment else None) if polish else 0
-    )
+    # What a callable returns may be no images at all.
+    moved = crops_and_flips() if augment and isinstance(images.data, ImageBatches) else None
+    polishing = PolishConfig(passes=polish, augment=moved) if polish else 0
     if dry_run:
         plan = preview(
             network,

@@ -94,11 +94,11 @@ def sweep_command(
     )
     out.mkdir(parents=True, exist_ok=True)
     result.save(out / "sweep.json")
-    if as_json:
-        typer.echo(result.model_dump_json(indent=1))
     print_sweep(result, console)
     for kind in ("svg", "png"):
         plot_sweep(result, out / f"sweep.{kind}")
+    if as_json:
+        typer.echo(result.model_dump_json(indent=1))
     console.print(f"Written to {out}.")
 
 

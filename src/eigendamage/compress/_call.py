@@ -41,8 +41,8 @@ def _in_words(value: object) -> str:
             return repr(value)
         case Path():
             return repr(str(value))
-        case tuple() | list():
-            return f"[{', '.join(_in_words(item) for item in value)}]"  # pyright: ignore[reportUnknownVariableType]
+        case tuple() | list() if all(isinstance(item, int | float | str) for item in value):
+            return repr(list(value))
         case _:
             return f"<{type(value).__name__}>"
 

@@ -23,7 +23,7 @@ from eigendamage.surgery import Made, Repairs, set_made
 from eigendamage.training import PolishConfig
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Compressed:
     """What `compress` returns.
 
@@ -45,6 +45,14 @@ class Compressed:
     report: Report
     earlier: tuple[Plan, ...] = ()
     repairs: Repairs | None = None
+
+    def __repr__(self) -> str:
+        """One line: the tensors would fill pages."""
+        (macs, left), (parameters, kept) = self.report.macs, self.report.parameters
+        return (
+            f"Compressed({type(self.model).__name__} by {self.report.method}: MACs {macs:,.0f} → "
+            f"{left:,.0f}, parameters {parameters:,} → {kept:,})"
+        )
 
 
 def noted(result: Compressed) -> Compressed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -94,5 +95,9 @@ def run_onnx(path: Path) -> Run:
     return run
 
 
-def _first_line(error: Exception) -> str:
-    return next((x.strip() for x in str(error).splitlines() if x.strip()), type(error).__name__)
+def _first_line(error: BaseException) -> str:
+    """What went wrong at the bottom of it, without colours."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    words = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+    return next((x.strip() for x in words.splitlines() if x.strip()), type(error).__name__)

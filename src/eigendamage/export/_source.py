@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import keyword
 import re
 from collections.abc import Iterator
@@ -76,12 +75,11 @@ def write_source(program: ExportedProgram, folder: Path) -> None:
 
 def run_source(folder: Path) -> Run:
     """What runs the module that the folder's ``model.py`` loads."""
-    spec = importlib.util.spec_from_file_location("eigendamage_plain_model", folder / "model.py")
-    assert spec is not None
-    assert spec.loader is not None
-    python = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(python)
-    model: nn.Module = python.load()
+    path = folder / "model.py"
+    # Not imported: that would leave a folder of bytecode beside it.
+    names: dict[str, Any] = {"__name__": "eigendamage_plain_model", "__file__": str(path)}
+    exec(compile(path.read_text(encoding="utf-8"), str(path), "exec"), names)
+    model: nn.Module = names["load"]()
 
     def run(batch: Batch) -> dict[str, Tensor]:
         with torch.no_grad():

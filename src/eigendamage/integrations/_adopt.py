@@ -10,7 +10,9 @@ from torch.optim import Optimizer
 
 from eigendamage.compress import Compressed
 from eigendamage.errors import EigenDamageError
-from eigendamage.layers import FactoredConv2d, FactoredLinear
+from eigendamage.layers import FactoredConv2d, FactoredLinear, origin_of, set_origin
+from eigendamage.plan import Mask
+from eigendamage.surgery import made_by, set_made
 
 
 @torch.no_grad()
@@ -29,8 +31,8 @@ def adopt(model: nn.Module, result: Compressed, optimizers: Iterable[Optimizer])
             on.
 
     Raises:
-        EigenDamageError: if an optimizer keeps its parameters in another way than by groups. The
-            model is then as it was.
+        EigenDamageError: if an optimizer keeps its parameters in another way than by groups, or if
+            the method masks weights. The model is then as it was.
     """
     optimizers = tuple(optimizers)
     for optimizer in optimizers:
@@ -39,11 +41,18 @@ def adopt(model: nn.Module, result: Compressed, optimizers: Iterable[Optimizer])
                 "LBFGS keeps a history of one fixed set of parameters, which a round changes; "
                 "train with another optimizer"
             )
+    if any(isinstance(layer.action, Mask) for layer in result.plan.layers.values()):
+        raise EigenDamageError(
+            f"method '{result.plan.method}' masks weights and makes nothing smaller, and masks "
+            f"cannot be put on a model in training; take a method that shrinks layers"
+        )
     before = dict(model.named_parameters())
     _take(model, result.model)
     for plan in (*result.earlier, result.plan):
         for counter in plan.counters:
             setattr(model.get_submodule(counter.module), counter.attribute, counter.after)
+    if (made := made_by(result.model)) is not None:
+        set_made(model, made)
     after = dict(model.named_parameters())
     for name, parameter in after.items():
         parameter.requires_grad_(before[predecessor(name, before)].requires_grad)
@@ -118,6 +127,8 @@ def _take(model: nn.Module, smaller: nn.Module) -> None:
         old = model.get_submodule(path)
         if _alike(old, new):
             _take_tensors(old, new)
+            if (origin := origin_of(new)) is not None:
+                set_origin(old, origin)
         else:
             parent, _, name = path.rpartition(".")
             setattr(model.get_submodule(parent), name, new.train(old.training))

@@ -146,9 +146,9 @@ def truth(report: Report) -> Html:
         "truth",
         "Predicted against measured",
         f"On the line a prediction is right; above it more was lost than predicted. In the band "
-        f"measured and predicted differ by at most {TRUST:g} times, up to which predictions are "
-        f"trusted: here they are{'' if found.trusted else ' not'}. Small marks are layers changed "
-        f"alone, the large one is the whole.",
+        f"the two differ by at most {TRUST:g} times. Predictions are trusted while no more is lost "
+        f"than the band allows: here they are{'' if found.trusted else ' not'}. Small marks are "
+        f"layers changed alone, the large one is the whole.",
         *([] if picture is None else [tag("figure", picture, _key())]),
         table(caption, ("", "predicted", "measured", "ratio"), rows),
     )

@@ -76,6 +76,12 @@ def _form(path: str, module: nn.Module, origin: Origin) -> ModuleForm:
     elif isinstance(module, nn.Linear | nn.Conv2d) and "weight" not in tensors:
         # The original was factored, and what became of it was multiplied out.
         stages = Stages(form=None, ranks=None, layers=(_stage(path, module),))
+    elif "weight" in tensors and not hasattr(module, "weight"):
+        raise LayerError(
+            path,
+            f"it was a layer and is a {type(module).__name__} now, which cannot be rebuilt; save "
+            f"the model that compress returned, not what ed.plain made of it",
+        )
     outputs, inputs = origin.channels or (0, 0)
     biased = isinstance(getattr(module, "bias", None), Tensor)
     return ModuleForm(

@@ -71,7 +71,10 @@ def save(what: nn.Module | Result, directory: str | Path) -> None:
         NotADirectoryError: if there is a file of that name.
     """
     if isinstance(what, nn.Module):
-        model, made = what, made_by(what)
+        # A compiled model wraps the one that it was made of, and shares its tensors.
+        inner = getattr(what, "_orig_mod", what)
+        model: nn.Module = inner if isinstance(inner, nn.Module) else what
+        made = made_by(model)
     else:
         model, made = what.model, Made(what.plan, what.report)
     structure = describe(model)
