@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -21,10 +22,10 @@ class Network:
     """A network of the table.
 
     Attributes:
-        name: as `eigendamage.get_model` takes it.
+        name: as `eigendamage.get_model` takes it; with options also a class, ``module:class``.
         kind: what sort of network it is.
         size: height and width of its images.
-        options: for ``timm.create_model``, where the network is not taken as it is.
+        options: for ``timm.create_model`` or the class, where the network is not taken as it is.
         part: the module around it that returns logits, where it returns something else.
     """
 
@@ -37,10 +38,11 @@ class Network:
     def make(self, seed: int) -> nn.Module:
         """The network in eval mode, with weights that only the seed decides."""
         torch.manual_seed(seed)
-        if self.options:
-            import timm
-
-            model = timm.create_model(self.name.removeprefix("timm:"), **self.options).eval()
+        library, _, made = self.name.partition(":")
+        if library == "timm" and self.options:
+            model = import_module("timm").create_model(made, **self.options).eval()
+        elif self.options:
+            model = getattr(import_module(library), made)(**self.options).eval()
         else:
             model = ed.get_model(self.name)
         model = model if self.part is None else self.part(model).eval()
@@ -104,18 +106,29 @@ class Proposals(nn.Module):
         return (torch.cat([o.flatten(1) for o in objectness], 1), *boxes)
 
 
-_SMALL = {"img_size": 64}
-_SWIN = {"img_size": 64, "window_size": 4, "embed_dim": 48, "depths": (2, 2, 2, 1)}
-_MIXER = {"img_size": 64, "embed_dim": 128, "num_blocks": 4}
+_RESNET = {"channels": (32, 64, 128, 256)}
+_DENSE = {"block_config": (2, 3, 3, 2), "growth_rate": 16}
+_NEXT = {"depths": (1, 1, 2, 1), "dims": (24, 48, 96, 128)}
+_VIT = {"img_size": 64, "depth": 2}
+_PIT = {"img_size": 64, "depth": (1, 1, 1)}
+_PVT = {"depths": (1, 1, 1, 1), "embed_dims": (16, 32, 64, 96)}
+_LEVIT = {"img_size": 64, "embed_dim": (32, 64, 96), "key_dim": 16, "num_heads": (2, 3, 4)}
+_SWIN = {
+    "img_size": 64,
+    "window_size": 4,
+    "embed_dim": 32,
+    "depths": (1, 2, 1, 1),
+    "num_heads": (2, 4, 8, 16),
+}
+_MIXER = {"img_size": 64, "patch_size": 8, "embed_dim": 128, "num_blocks": 3}
 
 NETWORKS = (
-    Network("torchvision:resnet18", "CNN"),
-    Network("timm:resnet10t", "CNN"),
+    Network("timm:resnet18", "CNN", options=_RESNET),
+    Network("timm:resnet10t", "CNN", options=_RESNET),
     Network("torchvision:squeezenet1_1", "CNN"),
-    Network("torchvision:googlenet", "CNN", 96),
-    Network("timm:densenet121", "CNN"),
+    Network("timm:densenet121", "CNN", options=_DENSE),
     Network("timm:dla46_c", "CNN"),
-    Network("timm:repvgg_a0", "CNN"),
+    Network("timm:test_byobnet", "CNN"),
     Network("timm:test_nfnet", "CNN"),
     Network("timm:regnetx_002", "CNN, groups"),
     Network("timm:regnety_002", "CNN, groups"),
@@ -124,27 +137,28 @@ NETWORKS = (
     Network("timm:mobilenetv4_conv_small_035", "depthwise"),
     Network("torchvision:mnasnet0_5", "depthwise"),
     Network("torchvision:shufflenet_v2_x0_5", "depthwise"),
-    Network("torchvision:efficientnet_b0", "depthwise"),
-    Network("timm:tinynet_e", "depthwise"),
+    Network("timm:test_efficientnet", "depthwise"),
+    Network("timm:lcnet_035", "depthwise"),
     Network("timm:ghostnet_050", "depthwise"),
-    Network("timm:starnet_s1", "depthwise"),
-    Network("timm:convnext_atto", "ConvNeXt"),
-    Network("timm:convnextv2_atto", "ConvNeXt"),
-    Network("timm:inception_next_atto", "ConvNeXt"),
-    Network("timm:poolformer_s12", "MetaFormer"),
-    Network("timm:vit_tiny_patch16_224", "ViT", options=_SMALL),
-    Network("timm:deit_tiny_distilled_patch16_224", "ViT", options=_SMALL),
-    Network("timm:pit_ti_224", "ViT", options=_SMALL),
-    Network("timm:xcit_nano_12_p16_224", "ViT", options=_SMALL),
-    Network("timm:pvt_v2_b0", "ViT"),
+    Network("timm:convnext_atto", "ConvNeXt", options=_NEXT),
+    Network("timm:convnextv2_atto", "ConvNeXt", options=_NEXT),
+    Network("timm:inception_next_atto", "ConvNeXt", options=_NEXT),
+    Network("timm:test_mambaout", "ConvNeXt"),
+    Network("timm.models.metaformer:MetaFormer", "MetaFormer", options=_NEXT),
+    Network("timm:vit_tiny_patch16_224", "ViT", options=_VIT),
+    Network("timm:deit_tiny_distilled_patch16_224", "ViT", options=_VIT),
+    Network("timm:pit_ti_224", "ViT", options=_PIT),
+    Network("timm:xcit_nano_12_p16_224", "ViT", options=_VIT),
+    Network("timm:pvt_v2_b0", "ViT", options=_PVT),
     Network("timm:swin_tiny_patch4_window7_224", "Swin", options=_SWIN),
     Network("timm:swinv2_tiny_window8_256", "Swin", options=_SWIN),
+    Network("timm:test_coatnet", "CNN and attention", options={"img_size": 64}),
+    Network("timm:test_maxvit", "CNN and attention", options={"img_size": 64}),
     Network("timm:mobilevit_xxs", "CNN and attention"),
     Network("timm:edgenext_xx_small", "CNN and attention"),
-    Network("timm:levit_128s", "CNN and attention", 224),
+    Network("timm.models.levit:Levit", "CNN and attention", options=_LEVIT),
     Network("timm:efficientvit_b0", "CNN and attention"),
-    Network("timm:mixer_s32_224", "MLP-Mixer", options=_MIXER),
-    Network("timm:resmlp_12_224", "MLP-Mixer", options=_MIXER),
+    Network("timm.models.mlp_mixer:MlpMixer", "MLP-Mixer", options=_MIXER),
     Network("torchvision:lraspp_mobilenet_v3_large", "segmentation", part=PixelLogits),
     Network("torchvision:deeplabv3_mobilenet_v3_large", "segmentation", part=PixelLogits),
     Network("torchvision:ssdlite320_mobilenet_v3_large", "detection", part=BoxLogits),
