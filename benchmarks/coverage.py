@@ -199,6 +199,15 @@ def one_row(network: Network) -> dict[str, Any]:
     return row
 
 
+def warm() -> None:
+    """Import, and let the exporter build, what every process would take seconds for by itself."""
+    for name in ("timm", "torch_pruning"):
+        import_module(name)
+    small = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        ed.export(small, Path(folder) / "small.onnx", torch.zeros(2, 3, 8, 8), progress=False)
+
+
 def in_a_process(network: Network, limit: float) -> dict[str, Any]:
     """`one_row` in a process of its own; a row with the reason where that does not end well."""
     start = time.perf_counter()
@@ -235,8 +244,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     import_torchvision()
-    for name in ("timm", "onnxscript", "onnxruntime", "torch.onnx", "torch._dynamo"):
-        import_module(name)
+    warm()
     head = {
         "command": "python benchmarks/coverage.py",
         "seed": SEED,
