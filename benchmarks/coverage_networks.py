@@ -57,12 +57,13 @@ class Network:
 
 
 def draw_scales(model: nn.Module) -> None:
-    """Give every parameter of one axis, and every learned scale of channels, a drawn value."""
+    """Give every parameter of one axis, every scale of channels and every 0 a drawn value."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.numel() > max(parameter.shape, default=1):
-                continue
-            if name.endswith("bias"):
+                if not parameter.any():
+                    parameter.normal_(0, 0.1)
+            elif name.endswith("bias"):
                 parameter.normal_(0, 0.1)
             else:
                 parameter.uniform_(0.5, 1.5)
@@ -111,8 +112,14 @@ _DENSE = {"block_config": (2, 3, 3, 2), "growth_rate": 16}
 _NEXT = {"depths": (1, 1, 2, 1), "dims": (24, 48, 96, 128)}
 _VIT = {"img_size": 64, "depth": 2}
 _PIT = {"img_size": 64, "depth": (1, 1, 1)}
-_PVT = {"depths": (1, 1, 1, 1), "embed_dims": (16, 32, 64, 96)}
-_LEVIT = {"img_size": 64, "embed_dim": (32, 64, 96), "key_dim": 16, "num_heads": (2, 3, 4)}
+_PVT = {"depths": (1, 1, 1, 1), "embed_dims": (16, 32, 80, 96)}
+_LEVIT = {
+    "img_size": 64,
+    "embed_dim": (32, 64, 96),
+    "key_dim": 16,
+    "depth": (2, 2, 2),
+    "num_heads": (2, 3, 4),
+}
 _SWIN = {
     "img_size": 64,
     "window_size": 4,
