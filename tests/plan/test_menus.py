@@ -295,6 +295,16 @@ def test_the_least_that_is_named_can_be_reached(chain: Priced) -> None:
         chain.plan(ed.Budget(macs=least - 1e-4))
 
 
+def test_inputs_that_hardly_vary_are_priced() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 24), nn.ReLU(), nn.Linear(24, 3))
+    inputs = 1 + 1e-4 * torch.randn(64, 6)  # their variance is less than the rounding of A
+    curvature = ed.estimate_curvature(model, [inputs], also=("patches",), progress=False)
+    prices = ed.make_menus(model, curvature, progress=False).layers["0"].options.prices
+    assert (prices >= 0).all()
+    assert prices.max() > 0
+
+
 class Doubled(nn.Linear):
     """A layer that does something else with its weight."""
 
