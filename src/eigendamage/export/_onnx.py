@@ -46,8 +46,8 @@ def write_onnx(program: ExportedProgram, path: Path, outputs: Sequence[str], ops
             )
         except Exception as error:  # the exporter has errors of many kinds
             raise ExportError(
-                f"torch.onnx cannot export the model: {_first_line(error)}. torch's whole message "
-                f"is the cause of this error; format='torch.export' may do"
+                f"torch.onnx cannot export the model: {_first_line(_root(error))}. torch's whole "
+                f"message is the cause of this error; format='torch.export' may do"
             ) from error
         found = onnx.model.opset_imports.get("")
         if found != opset:
@@ -94,5 +94,12 @@ def run_onnx(path: Path) -> Run:
     return run
 
 
-def _first_line(error: Exception) -> str:
+def _root(error: BaseException) -> BaseException:
+    """What an error was raised from: the exporter's own say in which step of it, not why."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _first_line(error: BaseException) -> str:
     return next((x.strip() for x in str(error).splitlines() if x.strip()), type(error).__name__)
