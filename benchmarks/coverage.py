@@ -248,6 +248,7 @@ def main() -> None:
     head = {
         "command": "python benchmarks/coverage.py",
         "seed": SEED,
+        "networks": len(NETWORKS),
         "budget": BUDGET,
         "images": IMAGES,
         "tolerance": TOLERANCE,

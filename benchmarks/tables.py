@@ -550,7 +550,9 @@ def coverage(results: Mapping[str, Any]) -> str:
         f"images. Seconds are those of the whole row on one thread of a machine that did other "
         f"work. {'; '.join(sorted(said))}, {words_of(first['libraries'])}."
     )
-    parts = [f"**{whole} of {len(rows)} pass every check.**", table(header, kinds, words=9)]
+    missing = results["networks"] - len(rows)
+    rest = f"; {missing} of the {results['networks']} have not been run yet" if missing else ""
+    parts = [f"**{whole} of {len(rows)} pass every check{rest}.**", table(header, kinds, words=9)]
     if reasons:
         parts += ["Where a check failed, the reason:", "\n".join(reasons)]
     return "\n\n".join([*parts, source])
