@@ -512,6 +512,52 @@ def language_models(results: Mapping[str, Any]) -> str:
     )
 
 
+def coverage(results: Mapping[str, Any]) -> str:
+    """How many networks passed which checks; each network; why those failed that did."""
+    rows, kinds = results["rows"], []
+    checks = ("compress", "forward", "backward", "budget", "save", "onnx")
+    rows = sorted(rows, key=lambda row: (row["kind"], row["network"]))
+    whole = sum(not row["failed"] for row in rows)
+    for row in rows:
+        failed = row["failed"]
+        ran = "compress" not in failed
+        cells = ["–"] * 4
+        if ran:
+            cells[:2] = [percent(row[what][1] / row[what][0]) for what in ("flops", "parameters")]
+            changed = ", ".join(f"{n} {kind}" for kind, n in row["changed"].items())
+            cells[2] = f"{changed}, {row['kept']} kept"
+            cells[3] = short(row.get("difference"))
+        marks = [
+            "no" if what in failed else "yes" if ran or what == "compress" else "–"
+            for what in checks
+        ]
+        size = f"{row['size']}²" + (" *" if row["options"] else "")
+        name = f"`{row['network']}`"
+        kinds.append([row["kind"], name, size, *marks, *cells, f"{row['seconds']:.0f}"])
+    header = ["kind", "network", "images", *checks]
+    header += ["operations left", "parameters left", "layers", "ONNX difference", "seconds"]
+    reasons = [
+        f"- `{row['network']}`, {what}: {reason}"
+        for row in rows
+        for what, reason in row["failed"].items()
+    ]
+    options = ", ".join(f"`{name}={value}`" for name, value in results["compress"].items())
+    first = rows[0]
+    said = {words_of(row["versions"]) for row in rows}
+    source = (
+        f"`{results['command']}`, seed {results['seed']}: `ed.compress` with "
+        f"`budget=ed.Budget(macs={results['budget']:g})`, {options} on {results['images']} random "
+        f"images. Seconds are those of the whole row on one thread of a machine that did other "
+        f"work. {'; '.join(sorted(said))}, {words_of(first['libraries'])}."
+    )
+    missing = results["networks"] - len(rows)
+    rest = f"; {missing} of the {results['networks']} have not been run yet" if missing else ""
+    parts = [f"**{whole} of {len(rows)} pass every check{rest}.**", table(header, kinds, words=9)]
+    if reasons:
+        parts += ["Where a check failed, the reason:", "\n".join(reasons)]
+    return "\n\n".join([*parts, source])
+
+
 TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "demo": ("demo.json", demo),
     "demo-loss": ("demo.json", demo_loss),
@@ -525,6 +571,7 @@ TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "curvature-memory": ("curvature_memory.json", curvature_memory),
     "latency-budgets": ("latency_budgets.json", latency_budgets),
     "compare": ("compare.json", compare),
+    "coverage": ("coverage.json", coverage),
     "language-models": ("language_models.json", language_models),
 }
 """The result file and the renderer of each table."""

@@ -284,8 +284,6 @@ def test_the_first_example_of_the_readme_does_what_it_says_of_the_real_network(
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_names_in_the_pages_exist(page: Path):
     text = page.read_text(encoding="utf-8")
-    for block in python_blocks(page):
-        compile(block, page.name, "exec")
     for dotted in set(re.findall(r"\bed\.([A-Za-z_][\w.]*\w)", text)):
         found: object = ed
         for part in dotted.split("."):

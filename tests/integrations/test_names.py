@@ -122,3 +122,18 @@ def test_a_name_that_cannot_be_is_refused(
 ) -> None:
     with pytest.raises(ed.EigenDamageError, match=words):
         ed.get_model(name, **options)
+
+
+@pytest.mark.skipif(find_spec("torchvision") is None, reason="torchvision is not installed")
+@pytest.mark.parametrize(
+    "name", ["lraspp_mobilenet_v3_large", "ssdlite320_mobilenet_v3_large"], ids=["pixels", "boxes"]
+)
+def test_a_network_around_a_backbone_fetches_no_weights(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fetched(url: str, *_args: object, **_options: object) -> None:
+        raise AssertionError(f"{url} was fetched")
+
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", fetched)
+    assert has_random_weights(f"torchvision:{name}")
+    assert not ed.get_model(f"torchvision:{name}").training

@@ -61,6 +61,26 @@ def test_attention_counts_too() -> None:
     assert counted.macs == 5 * 4 * 64 + 2 * 25 * 8 + 2 * 5 * 8 * 16
 
 
+class TokenBeside(nn.Module):
+    """Hands a parameter of its own to a module, as some transformers do with their class token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.ones(1, 4))
+        self.frozen = nn.Parameter(torch.ones(1, 4), requires_grad=False)
+        self.read = nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.read(x) + self.read(self.token) + self.frozen[:, :3]
+
+
+def test_a_parameter_that_is_handed_to_a_module_is_counted_with() -> None:
+    model = TokenBeside()
+    assert ed.count(model, torch.randn(2, 4)).macs == 4 * 3 + 4 * 3 / 2  # the token's is shared
+    wanted = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert wanted == {"token", "read.weight", "read.bias"}
+
+
 def test_preresnet_and_vgg_count() -> None:
     x = torch.zeros(1, 3, 32, 32)
     for build in (zoo.resnet20, zoo.preresnet29):

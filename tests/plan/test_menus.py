@@ -295,6 +295,34 @@ def test_the_least_that_is_named_can_be_reached(chain: Priced) -> None:
         chain.plan(ed.Budget(macs=least - 1e-4))
 
 
+def test_inputs_that_hardly_vary_are_priced() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 24), nn.ReLU(), nn.Linear(24, 3))
+    inputs = 1 + 1e-4 * torch.randn(64, 6)  # their variance is less than the rounding of A
+    curvature = ed.estimate_curvature(model, [inputs], also=("patches",), progress=False)
+    prices = ed.make_menus(model, curvature, progress=False).layers["0"].options.prices
+    assert (prices >= 0).all()
+    assert prices.max() > 0
+
+
+class Doubled(nn.Linear):
+    """A layer that does something else with its weight."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+def test_a_budget_that_cannot_be_met_names_what_cannot_be_cut() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        Doubled(6, 12), nn.ReLU(), Doubled(12, 8), nn.Linear(8, 6), nn.Linear(6, 3)
+    )
+    curvature = ed.estimate_curvature(model, [torch.randn(8, 6)], also=("patches",), progress=False)
+    why = r"'0' and 1 more cannot be cut: Doubled overrides the forward of Linear\. Where you can"
+    with pytest.raises(ed.BudgetError, match=why):
+        ed.make_plan(model, curvature, ed.Budget(macs=0.3))
+
+
 # What else may be said.
 
 

@@ -47,8 +47,8 @@ def write_onnx(program: ExportedProgram, path: Path, outputs: Sequence[str], ops
             )
         except Exception as error:  # the exporter has errors of many kinds
             raise ExportError(
-                f"torch.onnx cannot export the model: {_first_line(error)}. torch's whole message "
-                f"is the cause of this error; format='torch.export' may do"
+                f"torch.onnx cannot export the model: {_first_line(_root(error))}. torch's whole "
+                f"message is the cause of this error; format='torch.export' may do"
             ) from error
         found = onnx.model.opset_imports.get("")
         if found != opset:
@@ -95,9 +95,13 @@ def run_onnx(path: Path) -> Run:
     return run
 
 
-def _first_line(error: BaseException) -> str:
-    """What went wrong at the bottom of it, without colours."""
+def _root(error: BaseException) -> BaseException:
+    """What an error was raised from: the exporter's own say in which step of it, not why."""
     while error.__cause__ is not None:
         error = error.__cause__
+    return error
+
+
+def _first_line(error: BaseException) -> str:
     words = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
     return next((x.strip() for x in words.splitlines() if x.strip()), type(error).__name__)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 
 from torch import nn
@@ -29,8 +30,11 @@ def torchvision_model(name: str, *, pretrained: bool = False) -> nn.Module:
         near = [each for each in known if name.lower() in each][:_SUGGESTED]
         hint = ", ".join(near) if near else "torchvision.models.list_models() lists what it has"
         raise EigenDamageError(f"torchvision has no model '{name}'; {hint}")
-    options = {"weights": "DEFAULT"} if pretrained else {"weights": None}
+    options: dict[str, Any] = {"weights": "DEFAULT"} if pretrained else {"weights": None}
+    if "weights_backbone" in signature(models.get_model_builder(name)).parameters:
+        # Asked for, or else networks of segmentation and detection fetch those of their backbone.
+        options["weights_backbone"] = None
     if name.lower() in ("googlenet", "inception_v3") and not pretrained:
         # Asked for, or else they draw weights for minutes and warn about it.
-        return models.get_model(name, **options, init_weights=False).eval()
+        options["init_weights"] = False
     return models.get_model(name, **options).eval()

@@ -84,6 +84,25 @@ def preserved_random_state() -> Generator[None]:
             np.random.set_state(legacy)
 
 
+@contextmanager
+def counted_operations(model: nn.Module) -> Generator[FlopCounterMode]:
+    """Count what the model computes inside, where there are no gradients.
+
+    Not even its parameters require any: the counter looks for the gradient function of what enters
+    a module, and a parameter that is handed to one (a class token) has none.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    # Fused attention on the CPU is unknown to the counter; its plain form is not.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        try:
+            yield counter
+        finally:
+            for parameter in trained:
+                parameter.requires_grad_(True)
+
+
 def trace(
     model: nn.Module,
     layers: Mapping[str, Layer],
@@ -138,14 +157,10 @@ def trace(
         for name, module in model.named_modules()
         if any(True for _ in module.parameters(recurse=False)) or name in layers
     ]
-    counter = FlopCounterMode(display=False)
     try:
         with (
             evaluating(model),
-            torch.no_grad(),
-            # Fused attention on the CPU is unknown to the counter; its plain form is not.
-            sdpa_kernel(SDPBackend.MATH),
-            counter,
+            counted_operations(model) as counter,
             warnings.catch_warnings(),
         ):
             # Reentrant checkpoints warn of what is meant here: no gradients.

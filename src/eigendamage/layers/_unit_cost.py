@@ -5,15 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 
-import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from eigendamage.batches import Batch
 from eigendamage.calls import call
 from eigendamage.layers._channel_graph import ChannelGraph, ChannelGroup
 from eigendamage.layers._slicing import remove_units
+from eigendamage.layers._trace import counted_operations
 
 
 def with_unit_macs(
@@ -71,9 +69,7 @@ def _nested(one: str, other: str) -> bool:
 
 def _macs(model: nn.Module, batch: Batch) -> dict[str, float]:
     """Multiply-accumulates of one example by dotted path of a module; "" is the whole model."""
-    counter = FlopCounterMode(display=False)
-    # Fused attention on the CPU is unknown to the counter; its plain form is not.
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+    with counted_operations(model) as counter:
         call(model, batch)
     inside = f"{type(model).__name__}."
     counts = {

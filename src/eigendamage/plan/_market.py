@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -253,8 +254,24 @@ class Market:
         return (
             f"a budget of {self._task.budget} cannot be met: the least that can be reached is "
             f"{', '.join(found)}{' (each alone)' if len(found) > 1 else ''}; the rest lies in what "
-            f"is kept whole or cannot be cut"
+            f"is kept whole or cannot be cut.{_mostly_left_alone(self._task)} Give a larger budget"
         )
+
+
+def _mostly_left_alone(task: Task) -> str:
+    """The most frequent reason for which weights are left alone, as a sentence; empty if none."""
+    reasons: dict[str, list[str]] = defaultdict(list)
+    for name, reason in {**task.curvature.left_alone, **task.ignored}.items():
+        if not name.startswith("channels of ") and "no weight matrix" not in reason:
+            reasons[reason].append(name)
+    if not reasons:
+        return ""
+    reason, names = max(reasons.items(), key=lambda item: len(item[1]))
+    others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return (
+        f" '{names[0]}'{others} cannot be cut: {reason}. Where you can, put plain nn.Linear or "
+        f"nn.Conv2d layers with the same outputs in their place."
+    )
 
 
 def _in_unit(cost: Cost, unit: str) -> float:

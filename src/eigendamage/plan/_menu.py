@@ -124,7 +124,8 @@ def metric_of(layer: Layer, curvature: LayerCurvature, damping: float) -> Metric
     for what, tensor in (("weight", weight), ("S", S), ("A", A), ("mean input", mean)):
         if not bool(torch.isfinite(tensor).all()):
             raise NonFiniteError(f"layer '{layer.name}': its {what} holds NaN or infinity")
-    return Metric.of(weight, S, A, mean, damping)
+    precision = float(torch.finfo(curvature.A.dtype).eps)
+    return Metric.of(weight, S, A, mean, damping, precision)
 
 
 def layer_menu(

@@ -16,8 +16,10 @@ _NOTHING = 1e-70
 _SINGULAR = 1e-10
 
 
-def damped(M: Float[Tensor, "c c"], damping: float) -> Float[Tensor, "c c"]:
+def damped(M: Float[Tensor, "c c"], damping: float, *, least: float = 0.0) -> Float[Tensor, "c c"]:
     """M, made symmetric, plus ``damping`` times the mean of its diagonal on the diagonal.
+
+    Or plus ``least`` where that is more.
 
     In float64. Relative, unlike the official code's 1e-10, so that prices scale with the loss. An
     all-zero M has no scale: it becomes ``damping`` · 1e-70 · I, in which everything can be solved
@@ -26,9 +28,8 @@ def damped(M: Float[Tensor, "c c"], damping: float) -> Float[Tensor, "c c"]:
     wide = M.double()
     wide = (wide + wide.T) / 2
     scale = float(wide.diagonal().mean())
-    return wide + damping * (scale if scale > 0 else _NOTHING) * torch.eye(
-        len(wide), dtype=wide.dtype, device=wide.device
-    )
+    added = max(damping * (scale if scale > 0 else _NOTHING), least)
+    return wide + added * torch.eye(len(wide), dtype=wide.dtype, device=wide.device)
 
 
 def inverse(M: Float[Tensor, "c c"], damping: float) -> Float[Tensor, "c c"]:

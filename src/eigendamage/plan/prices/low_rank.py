@@ -52,16 +52,22 @@ class Metric:
         A: Float[Tensor, "m m"],
         mean: Float[Tensor, " m"],
         damping: float,
+        precision: float = 0.0,
     ) -> Metric:
-        """From the second moment A of whole patches and the mean patch."""
+        """From the second moment A of whole patches and the mean patch.
+
+        ``precision`` is the relative rounding of these two. What is left of inputs that hardly
+        vary when their mean is taken out is rounding, which the damping has to exceed.
+        """
         o, i, K = weight.shape
+        rounding = precision * float(A.diagonal().sum())
         centred = A.double() - torch.outer(mean.double(), mean.double())
         by_channel = centred.reshape(i, K, i, K).diagonal(dim1=1, dim2=3).mean(2)
         return cls(
             W=weight.double().reshape(o, i * K),
             S=damped(S, damping),
-            C=damped(centred, damping),
-            A_c=damped(by_channel, damping),
+            C=damped(centred, damping, least=rounding),
+            A_c=damped(by_channel, damping, least=rounding / K),
             mean=mean.double(),
         )
 
