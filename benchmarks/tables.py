@@ -523,7 +523,8 @@ def coverage(results: Mapping[str, Any]) -> str:
         ran = "compress" not in failed
         cells = ["–"] * 4
         if ran:
-            cells[:2] = [percent(row[what][1] / row[what][0]) for what in ("flops", "parameters")]
+            sizes = (row.get(what) for what in ("flops", "parameters"))
+            cells[:2] = [percent(size and size[1] / size[0]) for size in sizes]
             changed = ", ".join(f"{n} {kind}" for kind, n in row["changed"].items())
             cells[2] = f"{changed}, {row['kept']} kept"
             cells[3] = short(row.get("difference"))
