@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c const
 # Where other programs use the cores too, threads that spin while they wait cost minutes.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test check docs clean format
+.PHONY: demo test slow check docs clean format
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -30,6 +30,10 @@ demo: $(VENV)/.run
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n auto
+
+# Those that take long, which test and check leave out.
+slow: $(VENV)/.dev
+	$(BIN)/python -m pytest -n auto -m slow
 
 check: $(VENV)/.dev $(VENV)/.docs
 	$(BIN)/ruff format --check .

@@ -84,7 +84,9 @@ class Priced:
 _priced = functools.cache(Priced)
 
 
-@pytest.fixture(scope="session", params=NAMES)
+@pytest.fixture(
+    scope="session", params=[pytest.param(NAMES[0], marks=pytest.mark.slow), *NAMES[1:]]
+)
 def priced(request: pytest.FixtureRequest) -> Priced:
     """Each network in turn; the groups of the first are a chain, those of the others overlap."""
     return _priced(request.param)

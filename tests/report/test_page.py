@@ -279,7 +279,7 @@ def test_a_call_is_told_without_defaults_and_without_what_is_in_tensors() -> Non
 
     given = {"model": 1, "data": 2, "budget": ed.Budget(macs=0.5), "method": "auto", "also": [{}]}
     assert call_in_words(compress, given) == (
-        "eigendamage.compress(model, data, budget=Budget(macs=0.5), also=[<dict>])"
+        "eigendamage.compress(model, data, budget=Budget(macs=0.5), also=<list>)"
     )
 
 
