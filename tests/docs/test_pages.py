@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import json
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -69,6 +70,17 @@ def test_python_runs(unit: Unit):
     for block in unit.python:
         if not block.not_run:
             run(block, unit.page, names)
+    # What a reader is left with is what the page is about: smaller networks that compute numbers.
+    for name, value in names.items():
+        if isinstance(value, ed.Compressed):
+            before, after = value.report.parameters
+            assert after <= before, name
+            assert value.report.final.loss is None or math.isfinite(value.report.final.loss), name
+            value = value.model
+        if isinstance(value, nn.Module):
+            assert all(bool(tensor.isfinite().all()) for tensor in value.state_dict().values()), (
+                name
+            )
 
 
 @pytest.mark.parametrize("unit", named([each for each in UNITS if each.python]))

@@ -421,6 +421,37 @@ def test_depthwise_blocks_are_planned_where_there_is_a_kernel() -> None:
         assert kind is (DepthwiseBlock if plan.layers[name].shape[2] > 1 else ed.EigenBlock)
 
 
+class Ghost(nn.Module):
+    """Half of the features made of the other half by a depthwise layer, all scaled by channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.primary = nn.Conv2d(3, 12, 1)
+        self.cheap = nn.Conv2d(12, 12, 3, padding=1, groups=12)
+        self.reduce, self.expand = nn.Conv2d(24, 6, 1), nn.Conv2d(6, 24, 1)
+        self.reader, self.head = nn.Conv2d(24, 10, 1), nn.Linear(10, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = torch.relu(self.primary(x))
+        both = torch.cat([first, torch.relu(self.cheap(first))], 1)
+        scale = torch.sigmoid(self.expand(torch.relu(self.reduce(both.mean((2, 3), keepdim=True)))))
+        return self.head(torch.relu(self.reader(both * scale)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("method", ["kron-obs", "magnitude"])
+def test_what_carries_blocks_of_outputs_is_counted_once(method: str) -> None:
+    torch.manual_seed(0)
+    # In a module of its own, as where networks are built of blocks.
+    model = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.ReLU(), Ghost()).eval()
+    data = list(torch.randn(24, 3, 6, 6).split(8))
+    result = ed.compress(
+        model, data, budget=ed.Budget(macs=0.6), method=method, recalibrate=False, progress=False
+    )
+    (group,) = [g for g in result.curvature.channels.groups.values() if g.has_blocks]
+    assert [member.module for member in group.carriers] == ["2.cheap"]
+    assert result.plan.macs[1] == ed.count(result.model, data).macs <= 0.6 * result.plan.macs[0]
+
+
 def test_channels_of_the_zoos_residual_networks_can_be_removed() -> None:
     torch.manual_seed(0)
     model, x = ed.zoo.resnet20(width=8).double().eval(), torch.randn(4, 3, 8, 8).double()

@@ -38,7 +38,9 @@ def with_unit_macs(
         remove_units(smaller, graph, {key: [0] for key in together})
         left = _macs(smaller, batch)
         for name, group in together.items():
-            members = {member.module for member in (*group.producers, *group.readers)}
+            # Carriers are counted by themselves, as layers are.
+            parts = (*group.producers, *group.carriers, *group.readers)
+            members = {member.module for member in parts}
             before, after = (
                 macs.get(group.holder, 0.0) - sum(macs.get(member, 0.0) for member in members)
                 for macs in (whole, left)
