@@ -44,9 +44,13 @@ def add_row(out: Path, head: dict[str, Any], row: dict[str, Any], keys: Sequence
     Rows are measured at different times, so each says with what.
     """
     row = {**row, "machine": machine(), "versions": versions()}
-    old = json.loads(out.read_text(encoding="utf-8"))["rows"] if out.exists() else []
-    rows = [r for r in old if any(r[key] != row[key] for key in keys)] + [row]
+    rows = [r for r in known_rows(out) if any(r[key] != row[key] for key in keys)] + [row]
     record(out, {**head, "rows": sorted(rows, key=lambda r: [_ordered(r[key]) for key in keys])})
+
+
+def known_rows(out: Path) -> list[dict[str, Any]]:
+    """The rows of a results file; none if there is no such file yet."""
+    return json.loads(out.read_text(encoding="utf-8"))["rows"] if out.exists() else []
 
 
 def _ordered(value: str | float) -> tuple[float, str]:
