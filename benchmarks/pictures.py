@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import peers_tables
+
 MISSING = "*Not measured yet.*"
 WAYS = {"auto": "`auto`", "eigendamage": "paper"}
 """The methods of the demo, and what they are called in its tables."""
@@ -219,6 +221,14 @@ PICTURES: dict[str, Picture] = {
         "prices: calibrated close to the line, bare above it.",
         truth_points,
         _truth_panels,
+    ),
+    "peers-picture": Picture(
+        "peers.json",
+        Path("docs/images/peers.svg"),
+        "Two panels of accuracy over the fraction of MACs left, without training and after two "
+        "epochs, for three of our methods, three of Torch-Pruning's, SVD and Tucker-2.",
+        peers_tables.points,
+        peers_tables.panels,
     ),
 }
 """The pictures, by their names in the pages."""

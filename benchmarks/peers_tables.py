@@ -1,0 +1,165 @@
+"""The tables and the picture of benchmarks/peers.py, for tables.py."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+Rows = list[Mapping[str, Any]]
+Table = Callable[..., str]
+OURS = "ours, auto"
+
+
+def by_network(results: Mapping[str, Any], epochs: int) -> dict[str, Rows]:
+    """The rows of each network, of those with so many epochs of training."""
+    found: dict[str, Rows] = {}
+    for row in results["rows"]:
+        if row["epochs"] == epochs:
+            found.setdefault(row["network"], []).append(row)
+    return found
+
+
+def accuracy(row: Mapping[str, Any]) -> float:
+    """Trained, or without training."""
+    return float(row["tuned"] if row["epochs"] else row["untrained"])
+
+
+def means(
+    rows: Rows, value: Callable[[Mapping[str, Any]], float] = accuracy
+) -> dict[tuple[str, float], list[float]]:
+    """By method and budget, the accuracies of all seeds."""
+    found: dict[tuple[str, float], list[float]] = {}
+    for row in rows:
+        found.setdefault((row["method"], row["budget"]), []).append(value(row))
+    return found
+
+
+def render(results: Mapping[str, Any], epochs: int, table: Table) -> str:
+    """For every network the methods, best first, at every budget; and what ours is ahead by."""
+    parts: list[str] = []
+    for network, rows in by_network(results, epochs).items():
+        budgets = sorted({row["budget"] for row in rows}, reverse=True)
+        found = means(rows)
+        methods = sorted(
+            dict.fromkeys(row["method"] for row in rows), key=lambda m: -_rank(found, m, budgets)
+        )
+        lines = [
+            [
+                f"**{method}**" if method == OURS else method,
+                *(_cell(found.get((method, budget))) for budget in budgets),
+                " / ".join(_left(rows, method, budget) for budget in budgets),
+            ]
+            for method in methods
+        ]
+        header = ["method", *(f"{100 * b:g} % of the MACs" for b in budgets), "parameters left, %"]
+        base = statistics.mean(row["base"] for row in rows)
+        seeds = ", ".join(str(seed) for seed in sorted({row["seed"] for row in rows}))
+        parts += [
+            f"**{network}**, {100 * base:.2f} % before; seeds {seeds}",
+            table(header, lines),
+            _ahead(found, budgets),
+        ]
+    return "\n\n".join([*parts, _source(results)]) if parts else "*Not measured yet.*"
+
+
+def _rank(
+    found: Mapping[tuple[str, float], Sequence[float]], method: str, at: list[float]
+) -> float:
+    known = [statistics.mean(found[method, b]) for b in at if (method, b) in found]
+    return statistics.mean(known) if len(known) == len(at) else statistics.mean(known) - 1
+
+
+def _cell(values: Sequence[float] | None) -> str:
+    if values is None:
+        return "–"
+    mean = f"{100 * statistics.mean(values):.1f}"
+    if len(values) == 1:
+        return mean
+    return f"{mean} ({100 * min(values):.1f} to {100 * max(values):.1f})"
+
+
+def _left(rows: Rows, method: str, budget: float) -> str:
+    found = [r["parameters"] for r in rows if (r["method"], r["budget"]) == (method, budget)]
+    return f"{100 * statistics.mean(found):.0f}" if found else "–"
+
+
+def _ahead(found: Mapping[tuple[str, float], Sequence[float]], budgets: Iterable[float]) -> str:
+    """How far `auto` is from the best of the others, method by method of the budgets."""
+    said: list[str] = []
+    for budget in budgets:
+        others = {
+            method: statistics.mean(values)
+            for (method, at), values in found.items()
+            if at == budget and method != OURS
+        }
+        if not others or (OURS, budget) not in found:
+            continue
+        best = max(others, key=lambda m: others[m])
+        points = 100 * (statistics.mean(found[OURS, budget]) - others[best])
+        way = "above" if points >= 0 else "**below**"
+        said.append(f"at {100 * budget:g} % {abs(points):.1f} points {way} the best other ({best})")
+    return f"`auto` is {'; '.join(said)}." if said else ""
+
+
+def _source(results: Mapping[str, Any]) -> str:
+    first = results["rows"][0]
+    return (
+        f"Accuracy in percent on the whole test split; MACs are at most those of the column. "
+        f"`{results['command']}`; {results['examples']:,} images for all, peak learning rate "
+        f"{results['learning_rate']:g} for all; {first['machine']['cores']} cores, torch "
+        f"{first['versions']['torch']}, eigendamage {first['versions']['eigendamage']}."
+    )
+
+
+def points(results: Mapping[str, Any]) -> dict[str, list[float]]:
+    """Of the first network, by epochs and method: MACs and accuracies, of means over the seeds."""
+    drawn: dict[str, list[float]] = {}
+    for epochs in (0, 2):
+        rows = next(iter(by_network(results, epochs).values()), [])
+        found, macs = means(rows), means(rows, lambda row: float(row["macs"]))
+        for method, budget in sorted(found, key=lambda key: (key[0], -key[1])):
+            name = f"{epochs} {method}"
+            drawn.setdefault(f"{name} macs", []).append(statistics.mean(macs[method, budget]))
+            drawn.setdefault(f"{name} accuracy", []).append(statistics.mean(found[method, budget]))
+    return drawn
+
+
+def panels(left: Any, right: Any, drawn: Mapping[str, list[float]]) -> None:
+    """Accuracy against MACs, without training and after two epochs."""
+    for axes, epochs, title in ((left, 0, "No training"), (right, 2, "Two epochs of training")):
+        axes.set_title(title)
+        axes.set(xlabel="MACs left, %", ylabel="accuracy, %")
+        for name in drawn:
+            if not (name.startswith(f"{epochs} ") and name.endswith(" macs")):
+                continue
+            method = name.removesuffix(" macs").removeprefix(f"{epochs} ")
+            style = _style(method)
+            if style is None:
+                continue
+            values = drawn[f"{epochs} {method} accuracy"]
+            order = sorted(zip(drawn[name], values, strict=True), reverse=True)
+            axes.plot(
+                [100 * x for x, _ in order],
+                [100 * y for _, y in order],
+                marker="o",
+                label=method,
+                **style,
+            )
+
+
+_STYLES: dict[str, dict[str, Any]] = {
+    OURS: {"color": "#2b8a4f"},
+    "ours, kron-obs": {"color": "#2b8a4f", "linestyle": (0, (4, 2))},
+    "ours, eigendamage": {"color": "#2b8a4f", "linestyle": (0, (1, 1))},
+    "Torch-Pruning GroupTaylor, global": {"color": "#b5403a"},
+    "Torch-Pruning GroupMagnitude, global": {"color": "#b5403a", "linestyle": (0, (4, 2))},
+    "Torch-Pruning Hessian, global": {"color": "#b5403a", "linestyle": (0, (1, 1))},
+    "input-whitened SVD": {"color": "#2f6db3"},
+    "Tucker-2": {"color": "#2f6db3", "linestyle": (0, (4, 2))},
+}
+
+
+def _style(method: str) -> dict[str, Any] | None:
+    """The picture shows some of each kind; the table has all."""
+    return _STYLES.get(method)
