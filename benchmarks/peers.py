@@ -121,6 +121,7 @@ class Harness:
                 method=method,
                 curvature=self.curvature,
                 eval_data=self.labelled_of_one(),
+                calibration_examples=0,
                 seed=self.seed,
                 progress=False,
             ).model
@@ -137,7 +138,7 @@ class Harness:
 
     def labelled_of_one(self) -> zoo.ImageSet | Any:
         """What the report of a compression is about; it decides nothing."""
-        return self.labelled.source.take(slice(0, 200)).batches(200)
+        return self.labelled.source.take(slice(0, 50)).batches(50)
 
     def tuned(self, small: nn.Module, epochs: int) -> float | None:
         original = copy.deepcopy(self.model).to(memory_format=torch.channels_last)

@@ -18,6 +18,7 @@ from eigendamage.plan._menus import Menus
 from eigendamage.plan._methods import READERS_REPAIRED
 from eigendamage.plan._plan import Action, CarrierPlan, Channels, CounterPlan, Keep
 from eigendamage.plan._task import Result, Task
+from eigendamage.plan._views import GroupPrices, GroupView
 
 _ALL_TOGETHER = (
     "groups of channels that meet in layers, removed all together by one threshold, were cheaper "
@@ -76,8 +77,13 @@ def _chained(task: Task, menus: Menus, options: AutoOptions, found: Result) -> R
         max_ratio=menus.max_ratio,
         ignored={name: why for name, why in menus.kept.items() if why.startswith(ON_REQUEST)},
     )
+
+    def priced(group: GroupView, generator: torch.Generator) -> GroupPrices | None:
+        return menus.group_prices(group.name, lambda: READERS_REPAIRED.prices(group, generator))
+
+    rule = replace(READERS_REPAIRED, prices=priced)
     try:
-        other = plan_channels(same, READERS_REPAIRED, unit, torch.Generator())
+        other = plan_channels(same, rule, unit, torch.Generator())
     except (BudgetError, NothingToCompressError):
         return None
     weighed = options.calibration.weighed

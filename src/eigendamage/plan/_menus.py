@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
@@ -16,6 +16,7 @@ from eigendamage.layers import ChannelGraph, Layer
 from eigendamage.plan._group_menu import GroupMenu, group_menus
 from eigendamage.plan._matching import ignored_layers, matching_layers
 from eigendamage.plan._menu import LayerMenu, layer_menu, metric_of
+from eigendamage.plan._views import GroupPrices
 from eigendamage.plan.prices.low_rank import refined_basis
 from eigendamage.progress import track
 
@@ -57,6 +58,15 @@ class Menus:
     multiple: int
     notes: tuple[str, ...] = ()
     _refined: dict[tuple[str, int, int, int], Tensor] = field(default_factory=dict, repr=False)
+    _of_groups: dict[str, GroupPrices | None] = field(default_factory=dict, repr=False)
+
+    def group_prices(
+        self, name: str, price: Callable[[], GroupPrices | None]
+    ) -> GroupPrices | None:
+        """What the channels of a group cost, priced once and kept for the next plan."""
+        if name not in self._of_groups:
+            self._of_groups[name] = price()
+        return self._of_groups[name]
 
     def refined(self, layer: Layer, rank_out: int, rank_in: int, steps: int) -> Tensor | None:
         """A layer's input basis, refined for these ranks; None where that costs too much.

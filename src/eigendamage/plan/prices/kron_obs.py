@@ -86,6 +86,9 @@ def _after_repair(
     return 0.5 * torch.cholesky_solve(worth, blocks).diagonal(dim1=1, dim2=2).sum(1)
 
 
+_COMPACT = 0.8  # of its columns an elimination goes on with those that are left
+
+
 @dataclass(frozen=True, eq=False)
 class Reader:
     """A layer that reads channels which go together in several layers.
@@ -163,20 +166,32 @@ class _Elimination:
         self._weight = reader.W.double().clone()
         self._moved = reader.S.double() @ self._weight
         self._inverse = reader.A_inverse.double().clone()
-        self._groups = torch.tensor([list(g) for g in reader.groups], device=reader.W.device)
+        # Where each channel's columns are in these, and which of theirs have not gone.
+        self._places = torch.tensor([list(g) for g in reader.groups], device=reader.W.device)
+        self._stays = torch.ones(reader.W.shape[1], dtype=torch.bool, device=reader.W.device)
 
     def prices(self, channels: Sequence[int]) -> Float[Tensor, " channels"]:
         """½ tr S V_g (P_gg)⁻¹ V_gᵀ for each of these channels."""
-        columns = self._groups[list(channels)]
+        columns = self._places[list(channels)]
         return _after_repair(self._weight, self._moved, self._inverse, columns)
 
     def remove(self, channel: int) -> None:
         """Take a channel out and repair the rest."""
-        g = self._groups[channel]
+        g = self._places[channel]
         taken = torch.linalg.solve(self._inverse[g][:, g], self._inverse[g])
-        self._weight -= self._weight[:, g] @ taken
-        self._moved -= self._moved[:, g] @ taken
-        self._inverse -= self._inverse[:, g] @ taken
+        for matrix in (self._weight, self._moved, self._inverse):
+            matrix.addmm_(matrix[:, g], taken, alpha=-1)
+        self._stays[g] = False
+        if int(self._stays.sum()) < _COMPACT * len(self._stays):
+            self._drop()
+
+    def _drop(self) -> None:
+        """Hold no longer what has gone: it is zero, and updates take time for it."""
+        left = self._stays.nonzero().squeeze(1)
+        self._weight, self._moved = self._weight[:, left], self._moved[:, left]
+        self._inverse = self._inverse[left][:, left]
+        self._places = (self._stays.cumsum(0) - 1)[self._places]
+        self._stays = self._stays[left]
 
 
 def one_at_a_time_update(
