@@ -96,6 +96,34 @@ def test_columns_that_do_not_fit_are_named_with_what_forward_takes() -> None:
         ed.column_batches(_dataset(), _Two(), batch_size=0)
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+def test_several_splits_are_refused_with_their_names(streamed: bool) -> None:
+    one = _dataset().to_iterable_dataset() if streamed else _dataset()
+    kind = datasets.IterableDatasetDict if streamed else datasets.DatasetDict
+    splits = kind({"train": one, "test": one})
+    told = rf"a {kind.__name__} of the splits 'train', 'test'; give .* dataset\['train'\]"
+    with pytest.raises(ed.DataError, match=told):
+        ed.compress(_Two(), splits, budget=ed.Budget(macs=0.5), progress=False)
+    with pytest.raises(ed.DataError, match=told):
+        ed.column_batches(splits, _Two())
+    with pytest.raises(ed.DataError, match="give column_batches"):
+        ed.export(_Two(), "no.onnx", splits, progress=False)
+
+
+def test_columns_that_cannot_be_read_are_named() -> None:
+    data = _dataset(weight=[None, *[[1.0]] * 19])
+    with pytest.raises(ed.DataError, match=r"columns 'x', 'label', 'weight' cannot be read"):
+        ed.column_batches(data, _Two())
+    later = _dataset(weight=[*[[1.0]] * 16, None, *[[1.0]] * 3])
+    batches = ed.column_batches(later, _Two(), batch_size=8)
+    with pytest.raises(ed.DataError, match=r"cannot be read as tensors: .*select_columns"):
+        list(batches)
+    with pytest.raises(
+        ed.DataError, match=r"columns= names 'y'; the dataset has .*'x' \(float32\)"
+    ):
+        ed.column_batches(_dataset(), _Two(), columns={"y": "x"})
+
+
 def test_without_a_model_columns_are_refused_with_what_to_do() -> None:
     for data in (_dataset(), _dataset().to_iterable_dataset()):
         with pytest.raises(ed.DataError, match="column_batches"):

@@ -16,7 +16,14 @@ import eigendamage as ed
 from eigendamage.batches import Batch, Batches
 from eigendamage.calls import call
 from eigendamage.errors import DataError, LayerError, MismatchError, NonFiniteError
-from eigendamage.layers import FORMS, ConvGeometry, find_layers, slice_channels, trace
+from eigendamage.layers import (
+    FORMS,
+    ConvGeometry,
+    find_channels,
+    find_layers,
+    slice_channels,
+    trace,
+)
 from eigendamage.plan import Plan
 from eigendamage.surgery import Repairs, repair_model
 from eigendamage.surgery._lockstep import Twins, anew, held_bytes, lockstep, together
@@ -618,3 +625,47 @@ def test_the_callers_autocast_holds_in_every_forward_pass(max_memory: int) -> No
     assert seen
     assert all(seen)
     torch.testing.assert_close(inside.float(), small[0](x), atol=0.05, rtol=0.05)
+
+
+class _ByBatch(nn.Module):
+    """A layer that runs for large batches only."""
+
+    def __init__(self, hidden: int = 8) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.extra = nn.Linear(6, hidden), nn.Linear(8, 8)
+        self.last = nn.Linear(hidden, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x).relu()
+        return self.last(self.extra(h) if len(x) > 8 else h)
+
+
+@pytest.mark.parametrize("memory", [0, 2**30])
+def test_a_layer_that_fails_on_a_later_batch_is_named_and_weights_stay(memory: int) -> None:
+    small = _ByBatch(hidden=6).eval()  # as if channels were gone that 'extra' reads
+    before = copy.deepcopy(small.state_dict())
+    x = torch.randn(40, 6)
+    data = [*batches(x[:8], 8), *batches(x[8:], 16)]
+    with pytest.raises(LayerError, match=r"'extra': it fails on a batch of 16 .*one size") as told:
+        repair_model(
+            small,
+            _ByBatch().eval(),
+            data,
+            held_out=batches(x, 8),
+            curvature=None,
+            outputs={"first": range(6)},
+            max_memory=memory,
+            progress=False,
+        )
+    assert isinstance(told.value.__cause__, RuntimeError)
+    assert all(torch.equal(value, before[key]) for key, value in small.state_dict().items())
+
+
+def test_a_layer_that_runs_for_large_batches_only_is_seen() -> None:
+    data = list(torch.randn(72, 6, generator=torch.Generator().manual_seed(0)).split([16, 8] * 3))
+    graph = find_channels(_ByBatch().eval(), batches(data[0])[0])
+    assert [m.module for m in graph.groups["first"].readers] == ["extra"]
+    result = ed.compress(_ByBatch().eval(), data, budget=ed.Budget(macs=0.8), progress=False)
+    for x in data:  # of both sizes
+        assert result.model(x).shape == (len(x), 4)

@@ -150,15 +150,15 @@ def iterable_of(data: Data) -> Iterable[Any]:
     Raises:
         DataError: if it is nothing of the kind.
     """
-    if isinstance(data, Tensor | Mapping):
-        return [data]
-    if _is_input_label_pair(data):
-        return [data]
     if has_columns(data):
         raise DataError(
             f"a {type(data).__name__} of datasets has columns, and which are inputs depends on the "
             f"model; give column_batches(dataset, model, batch_size=…)"
         )
+    if isinstance(data, Tensor | Mapping):
+        return [data]
+    if _is_input_label_pair(data):
+        return [data]
     if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
         return DataLoader(data, batch_size=_DATASET_BATCH)
     if isinstance(data, Iterator):

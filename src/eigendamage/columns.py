@@ -37,7 +37,7 @@ class ColumnBatches:
         self._batch_size = batch_size
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        for raw in self._dataset.iter(batch_size=self._batch_size):
+        for raw in _read(self._dataset, self._batch_size):
             yield {name: _stacked(raw[column], column) for column, name in self._arguments.items()}
 
     def __len__(self) -> int:
@@ -91,20 +91,47 @@ def column_batches(
             names do not say it.
 
     Raises:
-        DataError: if it has no example, or it cannot be told what the inputs are; the message names
-            the columns and the arguments.
+        DataError: if it is several splits, has no example, has no column of a name in ``columns``,
+            or cannot be read as tensors, or if it cannot be told what the inputs are; the message
+            names the splits, or the columns and the arguments.
     """
     if batch_size < 1:
         raise DataError(f"batch_size is {batch_size}; it must be at least 1")
-    first = next(iter(islice(_as_tensors(dataset).iter(batch_size=2), 1)), None)
+    if isinstance(dataset, Mapping):
+        splits = [str(name) for name in cast("Mapping[object, Any]", dataset)]
+        raise DataError(
+            f"the data is a {type(dataset).__name__} of the splits {', '.join(map(repr, splits))}; "
+            f"give one of them, such as dataset['{next(iter(splits), 'train')}']"
+        )
+    first = next(iter(islice(_read(_as_tensors(dataset), 2), 1)), None)
     if first is None:
         raise DataError("the dataset has no example")
+    if unknown := [name for name in columns or () if name not in first]:
+        raise DataError(
+            f"columns= names '{unknown[0]}'; the dataset has the columns {_listed(first)}"
+        )
     return ColumnBatches(dataset, columns or _arguments(first, model), batch_size)
 
 
 def fitted(data: D, model: nn.Module) -> D:
     """Data for a model: a dataset of columns as batches, all else as it is."""
     return cast(D, column_batches(data, model)) if has_columns(data) else data
+
+
+def _read(dataset: Any, batch_size: int) -> Iterator[Mapping[str, Any]]:
+    """Its batches.
+
+    Raises:
+        DataError: if datasets cannot give one as tensors, as where a row of a column is None.
+    """
+    try:
+        yield from dataset.iter(batch_size=batch_size)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise DataError(
+            f"the dataset with the columns {', '.join(map(repr, dataset.column_names or ()))} "
+            f"cannot be read as tensors: {error}. Leave out rows without a value "
+            f"(dataset.filter) and columns that are no numbers (dataset.select_columns)"
+        ) from error
 
 
 def _as_tensors(dataset: Any) -> Any:

@@ -117,6 +117,71 @@ def test_an_interruption_and_a_bug_have_codes_of_their_own(
     )
 
 
+_FAULTY = """
+import torch
+
+def net():
+    return torch.nn.Linear(3, "many")
+
+def batches():
+    yield torch.ones(2, 3)
+    raise ValueError("the disk is full")
+
+def pair():
+    return [torch.ones(2, 3)], batches()
+
+def silent():
+    raise RuntimeError
+
+def fine():
+    return torch.nn.Sequential(torch.nn.Linear(3, 3))
+"""
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "words"),
+    [
+        (
+            "faulty:net",
+            "faulty:batches",
+            r"faulty:net was called and raised TypeError: .*faulty\.py, line 5",
+        ),
+        (
+            "faulty:fine",
+            "faulty:batches",
+            r"faulty:batches .* ValueError: the disk is full .*faulty",
+        ),
+        ("faulty:fine", "faulty:pair", r"faulty:pair was .* the disk is full .*line 9"),
+        ("faulty:fine", "faulty:silent", r"faulty:silent was .* raised RuntimeError \(faulty\.py"),
+        (
+            "half:net",
+            "faulty:pair",
+            r"half:net: importing 'half' raised SyntaxError: invalid syntax \(half\.py, line 1\)$",
+        ),
+        ("none:net", "faulty:pair", r"none:net: .*no module 'none'"),
+    ],
+)
+def test_what_a_callable_of_the_user_raises_is_his_own(
+    model: str,
+    data: str,
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "faulty.py").write_text(_FAULTY)
+    (tmp_path / "half.py").write_text("def net(:")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name in ("faulty", "half"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    given = ("--model", model, "--data", data, "--out", "o", "--macs", "0.5")
+    code, _, err = _main(monkeypatch, capsys, "compress", *given)
+    assert code == Exit.INPUT
+    assert re.search(words, err)
+    assert "Traceback" not in err
+
+
 def test_progress_is_a_plain_line_where_there_is_no_terminal(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

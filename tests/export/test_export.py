@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -284,6 +285,51 @@ def test_names_and_containers(tmp_path: Path) -> None:
     plain = _export(model, tmp_path / "plain", example, format="plain")
     assert plain.outputs == written.outputs
     assert plain.max_difference == 0
+
+
+class _Clashing(nn.Module):
+    """Inputs called as what the file itself uses, modules by names that are no identifiers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        names = ("x²", "x2", "ﬁt", "__x", "class", "1", "größe", "a-b")
+        for index, name in enumerate(names):
+            self.add_module(name, nn.Linear(3, 3, bias=bool(index % 2)))
+
+    def forward(self, torch: Tensor, device: Tensor, nn: Tensor, F: Tensor) -> Tensor:
+        y = torch * nn.relu() + F.sin()
+        for layer in self.children():
+            y = layer(y).tanh()
+        zeros = y.new_zeros(y.shape)
+        return y.flatten(1) + device + zeros + _gelu(y)
+
+
+def _gelu(x: Tensor) -> Tensor:
+    return nn.functional.gelu(x)
+
+
+def test_plain_where_names_clash_with_the_files_own_or_are_no_identifiers(tmp_path: Path) -> None:
+    example = {name: torch.randn(4, 3) for name in ("torch", "device", "nn", "F")}
+    written = _export(_Clashing().double(), tmp_path / "plain", _doubled(example), format="plain")
+    assert written.max_difference < 1e-12
+    stored = load_file(tmp_path / "plain" / "model.safetensors")
+    assert "layer_1.weight" in stored
+    assert "größe.weight" in stored
+
+
+def _doubled(example: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.double() for name, value in example.items()}
+
+
+def test_an_unknown_format_is_told_before_anything_is_done(tmp_path: Path) -> None:
+    def runs(_x: Tensor) -> Tensor:
+        raise AssertionError
+
+    model = nn.Linear(3, 3)
+    model.forward = runs
+    unchecked: Any = inspect.unwrap(ed.export)  # types are checked in tests alone
+    with pytest.raises(ed.ExportError, match=r"'onnnx'; expected one of 'onnx', 'torch\.export'"):
+        unchecked(model, tmp_path / "no" / "model.onnx", torch.randn(4, 3), format="onnnx")
 
 
 class _InPlace(nn.Module):

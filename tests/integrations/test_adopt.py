@@ -143,16 +143,31 @@ def test_every_parameter_takes_the_place_of_one() -> None:
         predecessor("c.weight", before)
 
 
+@pytest.mark.parametrize(
+    ("name", "of"),
+    [
+        ("f.3.2.weight", "f.3.0.weight"),  # three stages where there were two
+        ("f.3.2.bias", "f.3.1.bias"),
+        ("f.3.weight", "f.3.0.weight"),  # one again
+        ("f.3.bias", "f.3.1.bias"),
+        ("f.4.bias", "f.4.weight"),  # which had none: not the neighbour's
+    ],
+)
+def test_stages_take_the_place_of_other_stages_of_the_same_layer(name: str, of: str) -> None:
+    names = ("f.0.weight", "f.0.bias", "f.3.0.weight", "f.3.1.weight", "f.3.1.bias", "f.4.weight")
+    assert predecessor(name, {known: nn.Parameter(torch.zeros(1)) for known in names}) == of
+
+
 def test_rounds_spread_a_budget_as_compress_does() -> None:
     model = _network()
     before = ed.count(model.eval(), _inputs())
     rounds = LiveRounds(ed.Budget(macs=0.36), (5, 2), _FEW)
     model.train()
     model[1].eval()
-    assert [n for n in range(7) if rounds.due(n)] == [2]
+    assert [n for n in range(7) if rounds.due(n)] == [2, 3, 4, 5, 6]
     first = rounds.take(model, _inputs(), [])
     assert first.budget == "macs 0.6"
-    assert [n for n in range(7) if rounds.due(n)] == [5]
+    assert [n for n in range(7) if rounds.due(n)] == [5, 6]
     assert [m.training for m in model[:3]] == [True, False, True]
     with pytest.warns(UserWarning, match=r"1 of 2 rounds, .* at \[5\]"):
         rounds.end()

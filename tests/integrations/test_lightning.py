@@ -118,3 +118,76 @@ def test_a_training_that_is_shared_out_is_refused(tmp_path: Path) -> None:
     trainer = _trainer(tmp_path, callback, strategy=DDPStrategy(), devices=2)
     with pytest.raises(ed.EigenDamageError, match="DDPStrategy of this Trainer shares"):
         callback.on_fit_start(trainer, _Inner())
+
+
+class _TwoOptimizers(_Inner):
+    """Steps by hand, with two optimizers: two steps of the Trainer a batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, _: int) -> None:
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(self(batch[0]), batch[1])
+            self.manual_backward(loss)
+            optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        halves = [*self.net[:5].parameters()], [*self.net[5:].parameters()]
+        return [torch.optim.SGD(half, lr=0.05) for half in halves]
+
+
+def test_a_step_that_is_passed_over_has_its_round_once(tmp_path: Path) -> None:
+    callback = CompressionCallback(
+        ed.Budget(macs=0.5), at_steps=(1, 5, 6), batches=2, compressor=_FEW
+    )
+    trainer = _trainer(tmp_path, callback, max_steps=6)
+    trainer.fit(_TwoOptimizers(), _loader())
+    assert len(callback.reports) == 3
+    assert callback.reports[2].macs[1] <= 0.5 * callback.reports[0].macs[0]
+
+
+def test_rounds_go_by_steps_of_the_optimizer_where_gradients_are_accumulated(
+    tmp_path: Path,
+) -> None:
+    callback = CompressionCallback(ed.Budget(macs=0.7), at_steps=[2], batches=2, compressor=_FEW)
+    trainer = _trainer(tmp_path, callback, max_steps=3, accumulate_grad_batches=3)
+    module = _Inner()
+    trainer.fit(module, _loader())
+    assert len(callback.reports) == 1
+
+
+def test_a_second_training_with_no_round_left_or_of_another_network_is_refused(
+    tmp_path: Path,
+) -> None:
+    callback = CompressionCallback(ed.Budget(macs=0.6), at_epochs=(1, 2), compressor=_FEW)
+    module = _Inner()
+    with pytest.warns(UserWarning, match="ended before 1 of 2 rounds"):
+        _trainer(tmp_path / "one", callback, max_epochs=1).fit(module, _loader())
+    with pytest.raises(ed.EigenDamageError, match=r"1 of 2 rounds .* another model.* new callback"):
+        _trainer(tmp_path / "two", callback, max_epochs=2).fit(_Inner(), _loader())
+    _trainer(tmp_path / "three", callback, max_epochs=2).fit(module, _loader())
+    first, last = callback.reports
+    assert last.macs[1] <= 0.6 * first.macs[0]
+    with pytest.raises(ed.EigenDamageError, match=r"all 2 rounds .* make a new callback"):
+        _trainer(tmp_path / "four", callback, max_epochs=2).fit(module, _loader())
+
+
+@pytest.mark.parametrize("kind", ["dict", "list"])
+def test_several_loaders_need_data_of_their_own(kind: str, tmp_path: Path) -> None:
+    class Several(_Inner):
+        def training_step(self, batch: Any, index: int) -> Tensor:
+            return super().training_step(batch["a"] if kind == "dict" else batch[0], index)
+
+    loaders = {"a": _loader(), "b": _loader()} if kind == "dict" else [_loader(), _loader()]
+    callback = CompressionCallback(ed.Budget(macs=0.7), at_steps=[1], compressor=_FEW)
+    named = "'a', 'b'" if kind == "dict" else "number 0, number 1"
+    with pytest.raises(ed.DataError, match=rf"{kind} of loaders \({named}\).*give .* data="):
+        _trainer(tmp_path, callback, max_steps=2).fit(Several(), loaders)
+    callback = CompressionCallback(
+        ed.Budget(macs=0.7), at_steps=[1], data=_loader(), compressor=_FEW
+    )
+    _trainer(tmp_path, callback, max_steps=2).fit(Several(), loaders)
+    assert len(callback.reports) == 1

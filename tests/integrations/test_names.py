@@ -91,6 +91,25 @@ def test_weights_that_a_file_of_transformers_lacks_are_not_drawn_at_random(tmp_p
         ed.get_model(f"hf:{tmp_path}")
 
 
+@pytest.mark.parametrize("name", ["pipeline", "BertTokenizer", "BertConfig", "utils", "AutoModel"])
+def test_what_a_configuration_names_has_to_be_a_model_of_transformers(
+    name: str, tmp_path: Path
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(architectures=[name])
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ed.FileFormatError, match=f"names '{name}', which is no model .*callable"):
+        ed.get_model(f"hf:{tmp_path}")
+
+
+def test_a_configuration_without_a_class_or_with_an_unknown_one_is_refused(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    for names, found in ((None, "names no architecture"), (["BertNot"], "'BertNot', which .* not")):
+        transformers.BertConfig(architectures=names).save_pretrained(tmp_path)
+        with pytest.raises(ed.FileFormatError, match=found):
+            ed.get_model(f"hf:{tmp_path}")
+
+
 @pytest.mark.parametrize("kind", _LIBRARIES)
 def test_a_missing_package_is_named_with_its_extra(
     kind: str, monkeypatch: pytest.MonkeyPatch

@@ -118,5 +118,10 @@ def test_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     (tmp_path / "small" / "config.json").write_text(json.dumps(broken))
     with pytest.raises(ed.FileFormatError, match=r"eigendamage\.modules\.nowhere\.masked"):
         from_pretrained(tmp_path / "small")
+    (tmp_path / "small" / "config.json").write_text(
+        json.dumps(config | {"architectures": ["pipeline"]})
+    )
+    with pytest.raises(ed.FileFormatError, match=r"names 'pipeline', .* no model .*; give cls="):
+        from_pretrained(tmp_path / "small")
     with pytest.raises(ed.EigenDamageError, match="no model of transformers"):
         save_pretrained(nn.Linear(2, 2), tmp_path)

@@ -95,6 +95,16 @@ def test_rounds_at_epochs_and_those_that_are_missed(tmp_path: Path) -> None:
     assert report.budget == f"params {0.8**0.5:g}"
 
 
+def test_a_second_training_with_no_round_left_is_refused(tmp_path: Path) -> None:
+    callback = CompressionCallback(
+        ed.Budget(params=0.9), at_steps=[1], data=_batches(), compressor=_FEW
+    )
+    trainer = _trainer(tmp_path, callback, max_steps=2, save_strategy="no")
+    trainer.train()
+    with pytest.raises(ed.EigenDamageError, match=r"all 1 rounds .* make a new callback"):
+        trainer.train()
+
+
 def _batches() -> list[dict[str, Any]]:
     ids = _Texts().ids
     return [{"input_ids": ids[:8]}, {"input_ids": ids[8:16]}]
@@ -109,4 +119,4 @@ def test_a_training_that_is_shared_out_is_refused(
     monkeypatch.setattr(type(trainer.args), name, value, raising=False)
     monkeypatch.delitem(vars(trainer.args), name, raising=False)
     with pytest.raises(ed.EigenDamageError, match="shares the training out"):
-        callback.on_train_begin(trainer.args, trainer.state, trainer.control)
+        callback.on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)

@@ -20,6 +20,8 @@ from eigendamage.report import (
     LayerTruth,
     Measured,
     RoundReport,
+    Row,
+    Settings,
     Spectra,
     Spectrum,
     SweepRow,
@@ -230,6 +232,32 @@ def test_rounds_sweeps_and_a_budget_of_loss_are_drawn() -> None:
     assert "of the last round" in text
     unlabeled = {"original": Measured(), "asked": {"loss": 0.02}, "budget": "loss 0.02"}
     assert "budget 0.02" in _Page(ed.report_page(report.model_copy(update=unlabeled))).text
+
+
+def test_the_methods_of_a_comparison_are_named_beside_their_lines() -> None:
+    points = (("kron-obs", 0.8, 0.85), ("kron-obs", 0.5, 0.8), ("random", 0.5, 0.3))
+    rows = tuple(
+        Row(method=method, budget=left, macs=left, surgery=Measured(accuracy=accuracy))
+        for method, left, accuracy in (*points, (HOSTILE, 0.6, 0.5))
+    )
+    settings = Settings(
+        **dict.fromkeys(("model", "weights", "data", "measured_on", "eval_data"), "x"),
+        unit="macs", max_examples=3, train_batches=0, train_data=None, epochs=0,
+        learning_rate=0.0, fisher="mc", seed=0,
+    )  # fmt: skip
+    comparison = ed.Comparison(
+        command="eigendamage compare", settings=settings, original=Measured(accuracy=0.9),
+        measured_examples=9, rows=rows, environment=Environment.here(torch.device("cpu"), 0),
+    )  # fmt: skip
+    text = ed.report_page(_report(), comparison=comparison)
+    page = _Page(text)
+    drawn = [words.replace("\N{NO-BREAK SPACE}", " ") for words in page.within("text")]
+    assert [w for w in drawn if w.startswith(("kron-obs", "random", "<script"))] == [
+        "kron-obs 80.0 %", "random 30.0 %", f"{HOSTILE} 50.0 %",
+    ]  # fmt: skip
+    assert "kron-obs: 85.0 % at 80.0 % of the MACs" in page.text
+    assert "another budget" not in page.text
+    assert "<script" not in text
 
 
 def test_a_report_of_before_there_were_pages_is_shown(tmp_path: Path) -> None:

@@ -287,6 +287,10 @@ EDITS: dict[str, tuple[Edit, str]] = {
         lambda s: s["modules"].update({"2": {"masked": True}}),
         "'2' cannot have the form that is saved",
     ),
+    "a mask of a layer of several stages": (
+        lambda s: s["modules"]["3"].update(masked=True),
+        "'3' is a FactoredConv2d without a weight of its own",
+    ),
     "an attribute that is no count": (
         lambda s: s["modules"].update({"2": {"counts": {"forward": [0, 1]}}}),
         "'forward' of '2' is None",
@@ -357,6 +361,37 @@ def test_weights_that_were_tampered_with_are_refused(tmp_path: Path) -> None:
         (tmp_path / "structure.json").write_text(text)
         with pytest.raises(ed.FileFormatError, match="structure"):
             ed.load(network(), tmp_path)
+
+
+NO_DOCUMENT = ["", "{", "[]", "7", '{"version": 1, "layers": 7}', "\xff"]
+
+
+@pytest.mark.parametrize("text", NO_DOCUMENT)
+def test_a_damaged_report_or_plan_is_warned_of_and_left_out(text: str, tmp_path: Path) -> None:
+    result = _compressed()
+    for name, plan in (("report.json", result.plan), ("plan.json", None)):
+        ed.save(result, tmp_path)
+        (tmp_path / name).write_bytes(text.encode("latin-1"))
+        with pytest.warns(UserWarning, match=f"{name} is not a .*The model is whole"):
+            found = ed.load(network(), tmp_path)
+        assert_equal(found, result.model)
+        ed.save(found, tmp_path / "again")
+        kept = tmp_path / "again" / "plan.json"
+        assert (ed.Plan.load(kept) if kept.exists() else None) == plan
+        assert not (tmp_path / "again" / "report.json").exists()
+
+
+def test_a_report_without_its_plan_is_left_out_and_one_alone_may_be_missing(tmp_path: Path) -> None:
+    result = _compressed()
+    ed.save(result, tmp_path)
+    (tmp_path / "plan.json").unlink()
+    with pytest.warns(UserWarning, match=r"report\.json belongs to a plan, .* no plan\.json"):
+        assert_equal(ed.load(network(), tmp_path), result.model)
+    (tmp_path / "report.json").unlink()
+    assert_equal(ed.load(network(), tmp_path), result.model)
+    (tmp_path / "plan.json").mkdir()
+    with pytest.warns(UserWarning, match=r"plan\.json"):
+        assert_equal(ed.load(network(), tmp_path), result.model)
 
 
 def test_what_cannot_be_saved_is_refused_and_leaves_no_folder(tmp_path: Path) -> None:

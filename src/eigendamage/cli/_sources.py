@@ -14,7 +14,7 @@ from eigendamage import zoo
 from eigendamage.batches import Data
 from eigendamage.distributed import rank
 from eigendamage.errors import DataError
-from eigendamage.integrations.names import callable_named, get_model, has_random_weights
+from eigendamage.integrations.names import get_model, has_random_weights, result_of
 
 _HELD_OUT = 0.1
 _BUNDLED = "zoo:fashion-mnist"
@@ -92,9 +92,10 @@ def load_data(
 
     Raises:
         DataError: if there is nothing to read.
+        EigenDamageError: if there is no such callable, or it raises.
     """
     if source != _BUNDLED and not Path(source).exists() and ":" in source:
-        made = callable_named(source)()
+        made = result_of(source)
         data, eval_data, where = made, None, ""
         if isinstance(made, tuple) and len(cast("tuple[Any, ...]", made)) == 2:
             data, eval_data = cast("tuple[Any, Any]", made)

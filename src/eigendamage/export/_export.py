@@ -8,7 +8,7 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import nn
@@ -103,11 +103,15 @@ def export(
         progress: whether the result is printed, as one line.
 
     Raises:
-        ExportError: if the model cannot be traced or written, if a package is missing, or if an
-            output differs by more than the tolerance. No file is left then.
+        ExportError: if there is no such format, if the model cannot be traced or written, if a
+            package is missing, or if an output differs by more than the tolerance. No file is left
+            then.
         DataError: if the model cannot run on the example.
         FileNotFoundError: if the folder that is to hold the file does not exist.
     """
+    if format not in get_args(Format):
+        known = ", ".join(map(repr, get_args(Format)))
+        raise ExportError(f"format is {format!r}; expected one of {known}")
     final = Path(path)
     _require_place(final, is_folder=format == "plain")
     if format == "onnx":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import keyword
 import re
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -59,6 +60,9 @@ def load(weights=Path(__file__).with_name("model.safetensors")):
     model.load_state_dict(load_file(weights))
     return model
 '''
+
+# Names that the lines of forward use for something else than an input.
+_TAKEN = frozenset({"self", "torch", "nn", "F", "math", "operator", "device", "float"})
 
 
 def write_source(program: ExportedProgram, folder: Path) -> None:
@@ -216,9 +220,7 @@ class _Source:
 
     def _attribute(self, path: str) -> str:
         """A name for an attribute, alike to a dotted path, that no other has."""
-        name = re.sub(r"\W", "_", path)
-        if name[:1].isdigit():
-            name = f"layer_{name}"
+        name = _identifier(path)
         while keyword.iskeyword(name) or hasattr(nn.Module(), name) or name in self._names:
             name += "_"
         self._names.add(name)
@@ -256,7 +258,9 @@ class _Names:
         self._names = {node: f"self.{name}" for node, name in attributes.items()}
         self._held: dict[str, fx.Node] = {}
         for node in inputs:
-            name = f"{node.name}_" if keyword.iskeyword(node.name) else node.name
+            name = node.name
+            while keyword.iskeyword(name) or name in _TAKEN or name in self._held:
+                name += "_"
             self._names[node] = name
             self._held[name] = node
         self.parameters = list(self._held)
@@ -275,6 +279,13 @@ class _Names:
                 self._held[name] = node
                 return name
         raise AssertionError("there is no end of candidates")
+
+
+def _identifier(path: str) -> str:
+    """A name alike to a path that Python reads as it is: not in another form, not as private."""
+    plain = unicodedata.normalize("NFKC", path)
+    name = "".join(c if f"_{c}".isidentifier() else "_" for c in plain)
+    return name if name.isidentifier() and not name.startswith("__") else f"layer_{name}"
 
 
 def _candidates(letters: str) -> Iterator[str]:

@@ -14,6 +14,8 @@ from eigendamage.layers import FactoredConv2d, FactoredLinear, origin_of, set_or
 from eigendamage.plan import Mask
 from eigendamage.surgery import made_by, set_made
 
+_STAGES = 3  # the most that a factored layer has
+
 
 @torch.no_grad()
 def adopt(model: nn.Module, result: Compressed, optimizers: Iterable[Optimizer]) -> None:
@@ -100,7 +102,8 @@ def predecessor(name: str, before: Mapping[str, nn.Parameter]) -> str:
     """The parameter whose place another takes, by their dotted paths.
 
     The bias of the last stage of ``conv1`` takes the place of ``conv1.bias``, every other parameter
-    of a stage that of ``conv1.weight``.
+    of a stage that of ``conv1.weight``. Where the layer had stages before, and has more or fewer
+    now, it is that of one of them.
 
     Raises:
         EigenDamageError: if there is none.
@@ -108,14 +111,16 @@ def predecessor(name: str, before: Mapping[str, nn.Parameter]) -> str:
     if name in before:
         return name
     path, _, leaf = name.rpartition(".")
-    while True:
-        for candidate in (leaf, "weight"):
-            found = f"{path}.{candidate}" if path else candidate
-            if found in before:
-                return found
-        if not path:
-            raise EigenDamageError(f"parameter '{name}' takes no other's place")
-        path = path.rpartition(".")[0]
+    above = path.split(".")
+    places = [".".join(above[:depth]) for depth in range(len(above), -1, -1)]
+    stages = [f"{at}.{index}" for at in places[:2] if at for index in range(_STAGES)]
+    kinds = (leaf, "weight")
+    candidates = [f"{place}.{kind}".lstrip(".") for place in places for kind in kinds]
+    candidates += [f"{stage}.{kind}" for kind in kinds for stage in stages]
+    for candidate in candidates:
+        if candidate in before:
+            return candidate
+    raise EigenDamageError(f"parameter '{name}' takes no other's place")
 
 
 def _take(model: nn.Module, smaller: nn.Module) -> None:

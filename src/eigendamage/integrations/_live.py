@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, Protocol, cast, runtime_checkable
+from weakref import ref
 
 import torch
 from torch import nn
@@ -61,11 +62,31 @@ class LiveRounds:
         self._budget = budget
         self._moments = tuple(sorted(moments))
         self._compressor = compressor
+        self._model: ref[nn.Module] | None = None
+
+    def begin(self, model: nn.Module) -> None:
+        """Before a training: refuse one in which there would be no round, or none of this model.
+
+        Raises:
+            EigenDamageError: if all rounds were in an earlier training, or those that were changed
+                another model.
+        """
+        done, planned = len(self.reports), len(self._moments)
+        if done == planned:
+            raise EigenDamageError(
+                f"all {planned} rounds of this callback were in an earlier training, so that there "
+                f"would be none in this; make a new callback for it, or leave it out"
+            )
+        if self._model is not None and self._model() is not model:
+            raise EigenDamageError(
+                f"{done} of {planned} rounds of this callback were of another model, in an earlier "
+                f"training; make a new callback for this one"
+            )
 
     def due(self, moment: int) -> bool:
-        """Whether the next round is at this step or epoch."""
+        """Whether the step or epoch of the next round is reached, or was passed over."""
         done = len(self.reports)
-        return done < len(self._moments) and self._moments[done] == moment
+        return done < len(self._moments) and self._moments[done] <= moment
 
     def take(self, model: nn.Module, data: Data, optimizers: Iterable[Optimizer]) -> Report:
         """The next round.
@@ -91,6 +112,7 @@ class LiveRounds:
         for unit, fraction in _left(model, result).items():
             self.left[unit] = self.left.get(unit, 1.0) * fraction
         adopt(model, result, optimizers)
+        self._model = ref(model)
         self.reports.append(result.report)
         return result.report
 
@@ -138,10 +160,16 @@ def some_batches(loader: object, count: int, seed: int) -> list[Any]:
         seed: of the draw of examples.
 
     Raises:
-        DataError: if it is nothing to go through, or has no batch.
+        DataError: if it is nothing to go through, has no batch, or is several loaders.
     """
     if count < 1:
         raise DataError(f"batches is {count}; a round needs at least one")
+    if names := _several(loader):
+        raise DataError(
+            f"the training data is a {type(loader).__name__} of loaders ({', '.join(names)}), and "
+            f"which of their batches the network takes is not known; give the callback data=, such "
+            f"as one of the loaders"
+        )
     if isinstance(loader, DataLoader):
         found = list(islice(_drawn(cast("DataLoader[Any]", loader), count, seed), count))
     elif isinstance(loader, Iterable) and not isinstance(loader, Iterator):
@@ -154,6 +182,17 @@ def some_batches(loader: object, count: int, seed: int) -> list[Any]:
     if not found:
         raise DataError("the training loader has no batch; give the callback data=")
     return found
+
+
+def _several(loader: object) -> list[str]:
+    """What several loaders in a container are called there; nothing of all else."""
+    if isinstance(loader, Mapping):
+        return [repr(key) for key in cast("Mapping[object, object]", loader)]
+    if isinstance(loader, list | tuple):
+        items = cast("list[object] | tuple[object, ...]", loader)
+        if any(isinstance(item, DataLoader) or _several(item) for item in items):
+            return [f"number {index}" for index in range(len(items))]
+    return []
 
 
 def _drawn(loader: DataLoader[Any], count: int, seed: int) -> Iterator[Any]:

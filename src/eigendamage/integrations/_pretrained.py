@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from pydantic import ValidationError
@@ -62,9 +62,10 @@ def from_pretrained(
         device: where the model is to be; the CPU by default.
 
     Raises:
-        EigenDamageError: if transformers is not installed or has no such class.
+        ExtraError: if transformers is not installed.
         FileFormatError: if the folder has no structure, or its files are damaged or do not fit
-            one another; the first name that does not fit is named.
+            one another, where the first name that does not fit is named; or if the configuration
+            names no model of transformers.
         FileNotFoundError: if a file is missing.
         MismatchError: if the configuration makes another model than the structure is for.
     """
@@ -74,7 +75,7 @@ def from_pretrained(
     source = transformers.AutoConfig if cls is None else cls.config_class
     config = source.from_pretrained(folder)
     delattr(config, _KEY)
-    fresh = (cls or _class(transformers, config))(config)
+    fresh = (_class(transformers, config) if cls is None else cls)(config)
     if _was_plain(fresh, structure):
         fresh = plain_linears(fresh)
     model = restore(fresh, structure, _weights(folder), device=device)
@@ -100,14 +101,35 @@ def _structure(path: Path) -> Structure:
         raise FileFormatError(f"{path} is no JSON: {error}") from error
 
 
-def _class(transformers: Any, config: Any) -> Any:
-    names = config.architectures or ["none"]
-    found = getattr(transformers, names[0], None)
+def model_class(transformers: Any, config: Any) -> type[Any]:
+    """The model of transformers that a configuration names; no other attribute of it is taken.
+
+    Raises:
+        FileFormatError: if it names none, or what it names is not there or is no model.
+    """
+    names = config.architectures
+    if not isinstance(names, list) or not names:
+        raise FileFormatError("the configuration names no architecture")
+    name = str(cast("list[object]", names)[0])
+    found = getattr(transformers, name, None)
     if found is None:
-        raise EigenDamageError(
-            f"the configuration names the class '{names[0]}', which transformers has not; give cls="
+        raise FileFormatError(
+            f"the configuration names '{name}', which transformers {transformers.__version__} has "
+            f"not"
         )
-    return found
+    if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
+        raise FileFormatError(
+            f"the configuration names '{name}', which is no model of transformers (no subclass of "
+            f"PreTrainedModel)"
+        )
+    return cast("type[Any]", found)
+
+
+def _class(transformers: Any, config: Any) -> type[Any]:
+    try:
+        return model_class(transformers, config)
+    except FileFormatError as error:
+        raise FileFormatError(f"{error}; give cls=") from error
 
 
 def _was_plain(fresh: nn.Module, structure: Structure) -> bool:

@@ -12,7 +12,11 @@ from torch import Tensor, nn
 from eigendamage.errors import DataError, FileFormatError, MismatchError
 from eigendamage.integrations._conv1d import plain_linears
 from eigendamage.integrations._extras import required
-from eigendamage.integrations._pretrained import from_pretrained, save_pretrained
+from eigendamage.integrations._pretrained import (
+    from_pretrained,
+    model_class,
+    save_pretrained,
+)
 
 __all__ = [
     "MeanPooled",
@@ -41,7 +45,7 @@ def pretrained_model(path: str) -> nn.Module:
     Raises:
         ExtraError: if transformers is not installed.
         FileFormatError: if there is no such model, it has no safetensors, or its configuration
-            names no class of transformers.
+            names no model of transformers.
         MismatchError: if the file lacks weights of the model.
     """
     transformers: Any = required("transformers", "huggingface")
@@ -49,26 +53,24 @@ def pretrained_model(path: str) -> nn.Module:
         config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise FileFormatError(f"hf:{path} cannot be read: {_first_line(error)}") from error
-    name = next(iter(config.architectures or ()), None)
-    kind = None if name is None else getattr(transformers, name, None)
-    if kind is None:
+    try:
+        kind = model_class(transformers, config)
+    except FileFormatError as error:
         raise FileFormatError(
-            f"the configuration of hf:{path} names "
-            f"{'no architecture' if name is None else repr(name)}, which transformers "
-            f"{transformers.__version__} has not; build the model yourself and give module:callable"
-        )
+            f"hf:{path}: {error}; build the model yourself and give module:callable"
+        ) from error
     try:
         model, loaded = kind.from_pretrained(
             path, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise FileFormatError(
-            f"hf:{path} cannot be read as {name} from safetensors: {_first_line(error)}"
+            f"hf:{path} cannot be read as {kind.__name__} from safetensors: {_first_line(error)}"
         ) from error
     if missing := sorted(loaded["missing_keys"]):
         raise MismatchError(
-            f"hf:{path} lacks {len(missing)} weights of {name}, '{missing[0]}' first; they would "
-            f"be random. Take the model that was trained as {name}"
+            f"hf:{path} lacks {len(missing)} weights of {kind.__name__}, '{missing[0]}' first; "
+            f"they would be random. Take the model that was trained as {kind.__name__}"
         )
     return plain_linears(model).eval()
 

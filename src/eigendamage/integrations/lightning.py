@@ -27,6 +27,8 @@ class CompressionCallback(Callback):
     Each round takes curvature, plan, surgery and repair on a few batches, in place on the network;
     optimizers and their schedules go on with the parameters that are left. A checkpoint that is
     saved after a round is one of the smaller network: to go on from it, build that network first.
+    A callback is for one training: a later one of the same network takes the rounds that are left,
+    and is refused where none is.
 
     Attributes:
         reports: of the rounds so far, each relative to the network that it began with.
@@ -48,11 +50,13 @@ class CompressionCallback(Callback):
 
         Args:
             budget: what is left after the last round; sizes shrink by the same factor in each.
-            at_steps: after which steps of the optimizer (``trainer.global_step``), from 1 on.
+            at_steps: after which steps of the optimizer (``trainer.global_step``), from 1 on; with
+                several optimizers after the batch in which a step is reached or passed.
             at_epochs: or after which epochs, from 1 on.
             network: dotted path of the network within the LightningModule, such as ``"model"``; it
                 is called with the inputs of a batch. By default the LightningModule itself is.
-            data: inputs for the rounds; by default batches of the training data, drawn anew.
+            data: inputs for the rounds; by default batches of the training data, drawn anew. With
+                several loaders of training data it has to be given.
             batches: how many of these.
             compressor: how a round is done: a `functools.partial` of `compress` with options set.
             seed: of the draw of batches.
@@ -72,9 +76,10 @@ class CompressionCallback(Callback):
         return self._rounds.reports
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse a training that is shared out."""
+        """Refuse a training that is shared out, or in which there would be no round."""
         alone = isinstance(trainer.strategy, SingleDeviceStrategy)
         require_one_process(f"{type(trainer.strategy).__name__} of this Trainer", alone=alone)
+        self._rounds.begin(pl_module.get_submodule(self._network))
 
     def on_train_batch_end(
         self,
@@ -84,13 +89,16 @@ class CompressionCallback(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """A round, if one is due after this step."""
-        if self._by_steps and self._rounds.due(trainer.global_step):
+        """A round, if one is due after this step.
+
+        All that are due: several optimizers make several steps of a batch.
+        """
+        while self._by_steps and self._rounds.due(trainer.global_step):
             self._take(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A round, if one is due after this epoch."""
-        if not self._by_steps and self._rounds.due(trainer.current_epoch + 1):
+        while not self._by_steps and self._rounds.due(trainer.current_epoch + 1):
             self._take(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

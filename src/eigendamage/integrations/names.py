@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from traceback import extract_tb
 from typing import Any, cast
 
 from torch import nn
@@ -43,7 +44,8 @@ def get_model(
 
     Raises:
         ExtraError: if the package that has it is not installed; the message names the extra.
-        EigenDamageError: if there is no such model, or ``pretrained`` is not for this kind of name.
+        EigenDamageError: if there is no such model, if the callable raises (its error is the
+            cause), or if ``pretrained`` is not for this kind of name.
         FileFormatError: if the file is missing, or holds no state dict.
         MismatchError: if the weights do not fit the model.
     """
@@ -88,7 +90,7 @@ def callable_named(name: str) -> Callable[[], Any]:
     """The callable ``module:callable``; the current folder is searched first.
 
     Raises:
-        EigenDamageError: if there is none of that name.
+        EigenDamageError: if there is none of that name, or its module fails on import.
     """
     module_name, _, attribute = name.partition(":")
     if not module_name or not attribute:
@@ -96,12 +98,18 @@ def callable_named(name: str) -> Callable[[], Any]:
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
-        found = getattr(importlib.import_module(module_name), attribute)
+        module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         raise EigenDamageError(
             f"{name}: there is no module '{error.name}' here; run the command in its folder or "
             f"install it"
         ) from error
+    except Exception as error:
+        raise EigenDamageError(
+            f"{name}: importing '{module_name}' raised {_raised(error)}"
+        ) from error
+    try:
+        found = getattr(module, attribute)
     except AttributeError as error:
         raise EigenDamageError(f"{name}: module '{module_name}' has no '{attribute}'") from error
     if not callable(found):
@@ -109,10 +117,47 @@ def callable_named(name: str) -> Callable[[], Any]:
     return cast("Callable[[], Any]", found)
 
 
+def result_of(name: str) -> Any:
+    """What the callable ``module:callable`` returns; of an iterator all that it gives, as a list.
+
+    Raises:
+        EigenDamageError: as `callable_named` does, and if the callable raises, with its message.
+    """
+    function = callable_named(name)
+    try:
+        made = function()
+        if isinstance(made, tuple):
+            return tuple(map(_gone_through, cast("tuple[Any, ...]", made)))
+        return _gone_through(made)
+    except EigenDamageError:
+        raise
+    except Exception as error:
+        raise EigenDamageError(f"{name} was called and raised {_raised(error)}") from error
+
+
+def _gone_through(made: Any) -> Any:
+    return list(cast("Iterator[Any]", made)) if isinstance(made, Iterator) else made
+
+
+def _raised(error: Exception) -> str:
+    """An error of somebody else's code in one line, with the line of it that led there."""
+    said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    # Not where a library noticed it: that is seldom where it can be mended.
+    theirs = [p for p in extract_tb(error.__traceback__) if _is_theirs(p.filename)]
+    return (
+        f"{said} ({Path(theirs[-1].filename).name}, line {theirs[-1].lineno})" if theirs else said
+    )
+
+
+def _is_theirs(file: str) -> bool:
+    library = {"site-packages", "importlib"} & {*Path(file).parts}
+    return not library and not file.startswith("<") and file != __file__
+
+
 def _made(name: str) -> nn.Module:
     if ":" not in name:
         raise EigenDamageError(f"the model '{name}' is of no known form; expected {FORMS}")
-    built = callable_named(name)()
+    built = result_of(name)
     if not isinstance(built, nn.Module):
         raise EigenDamageError(
             f"{name} returned {type(built).__name__}; it must return a torch.nn.Module"

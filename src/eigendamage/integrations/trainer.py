@@ -27,7 +27,8 @@ class CompressionCallback(TrainerCallback):
     Each round takes curvature, plan, surgery and repair on a few batches, in place on the model;
     the optimizer and its schedule go on with the parameters that are left. A checkpoint that is
     saved after a round is one of the smaller model: to go on from it, build that model first.
-    ``load_best_model_at_end`` cannot go back behind a round.
+    ``load_best_model_at_end`` cannot go back behind a round. A callback is for one training: a
+    later one of the same model takes the rounds that are left, and is refused where none is.
 
     Attributes:
         reports: of the rounds so far, each relative to the model that it began with.
@@ -75,9 +76,10 @@ class CompressionCallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Refuse a training that is shared out."""
+        """Refuse a training that is shared out, or in which there would be no round."""
         alone = args.world_size == 1 and args.n_gpu <= 1 and not args.deepspeed
         require_one_process("this Trainer", alone=alone)
+        self._rounds.begin(kwargs["model"])
 
     def on_step_end(
         self,
@@ -87,7 +89,7 @@ class CompressionCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """A round, if one is due after this step."""
-        if self._by_steps and self._rounds.due(state.global_step):
+        while self._by_steps and self._rounds.due(state.global_step):
             self._take(**kwargs)
 
     def on_epoch_end(
@@ -98,7 +100,7 @@ class CompressionCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """A round, if one is due after this epoch."""
-        if not self._by_steps and self._rounds.due(round(state.epoch or 0)):
+        while not self._by_steps and self._rounds.due(round(state.epoch or 0)):
             self._take(**kwargs)
 
     def on_train_end(

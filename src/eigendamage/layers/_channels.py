@@ -48,7 +48,8 @@ def find_channels(model: nn.Module, batch: Batch, *, limit_s: float = 120.0) -> 
 
     Args:
         model: any module, on any device.
-        batch: inputs that it takes. Two examples are used if they can be told apart.
+        batch: inputs that it takes. Two examples are used if they can be told apart, and if the
+            same modules run on them as on all.
         limit_s: seconds after which the search in the graph is stopped.
 
     Returns:
@@ -65,6 +66,10 @@ def find_channels(model: nn.Module, batch: Batch, *, limit_s: float = 120.0) -> 
     with preserved_random_state():
         base = _bare_copy(model)
         numbers = _numbers_an_example(base, few)
+        if few.size < batch.size:
+            whole = _numbers_an_example(base, batch)
+            # A layer may run for large batches only; what it reads has to be seen, too.
+            few, numbers = (few, numbers) if whole.keys() == numbers.keys() else (batch, whole)
         between, left_alone = _usable(find_linear_groups(base, few), reasons)
         couplings, untraced = _couplings(base, few, list(numbers), between, limit_s)
         traced, apart = traced_groups(base, couplings, list(numbers), reasons)

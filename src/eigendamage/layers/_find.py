@@ -21,6 +21,8 @@ from eigendamage.layers._geometry import ConvGeometry
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 ON_REQUEST = "left alone on request"
+# Forwards that compute what nn.Linear's does: timm's differs from it in TorchScript alone.
+_AS_LINEAR = ("timm.layers.linear.Linear.forward",)
 # Their forward may read the weights of these children directly instead of calling them.
 _READS_CHILDREN = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
@@ -212,8 +214,8 @@ def _why_not(
         return f"{kind} is not a Linear or Conv2d" if matrix else f"{kind} has no weight matrix"
     if id(module) in opaque:
         return f"its weight is read directly by {opaque[id(module)]}, past its forward"
-    base = nn.Linear if isinstance(module, nn.Linear) else nn.Conv2d
-    if type(module).forward is not base.forward:
+    if overrides_forward(module):
+        base = nn.Linear if isinstance(module, nn.Linear) else nn.Conv2d
         return f"{kind} overrides the forward of {base.__name__}"
     if parametrize.is_parametrized(module) or "weight" not in own:
         return f"the weight of {kind} is computed from other parameters (parametrized or masked)"
@@ -228,6 +230,15 @@ def _why_not(
             f"what the groups keep apart"
         )
     return None
+
+
+def overrides_forward(module: nn.Linear | nn.Conv2d) -> bool:
+    """Whether its class computes something else than the layer of torch, as far as is known."""
+    forward = type(module).forward
+    if isinstance(module, nn.Linear):
+        known = f"{forward.__module__}.{forward.__qualname__}" in _AS_LINEAR
+        return forward is not nn.Linear.forward and not known
+    return forward is not nn.Conv2d.forward
 
 
 def _weight_owners(model: nn.Module) -> dict[int, list[str]]:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import nn
+from torch.nn.modules.batchnorm import BatchNorm1d, BatchNorm3d
+from torch.nn.modules.instancenorm import InstanceNorm1d, InstanceNorm3d
 from torch.nn.utils import parametrize
 
 from eigendamage.layers._factored import FactoredConv2d, FactoredLinear
-from eigendamage.layers._find import find_layers
-from eigendamage.layers._slicing import Norm, is_depthwise
+from eigendamage.layers._find import find_layers, overrides_forward
+from eigendamage.layers._slicing import Norm, is_depthwise, slice_channels
+from eigendamage.layers._trace import preserved_random_state
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -48,17 +53,48 @@ def _foreign(module: nn.Module) -> str:
 
 def _why_not(module: nn.Module, owners: Mapping[int, Sequence[str]]) -> str | None:
     kind = type(module).__name__
-    standard = type(module).forward.__module__.startswith("torch.nn.")
-    if not standard or "forward" in vars(module):
-        return f"{kind} has a forward of its own"
+    own = f"{kind} has a forward of its own"
+    if "forward" in vars(module) or not (_is_of_torch(module) or isinstance(module, Norm)):
+        return own
     if parametrize.is_parametrized(module) or {"weight", "bias"} & vars(module).keys():
         return f"the weight of {kind} is computed from other parameters (parametrized or masked)"
-    if _is_hooked(module):
+    if any(_is_hooked(part) for part in module.modules()):
         return "it carries hooks, which may depend on its channels; remove them first"
     for parameter in module.parameters(recurse=False):
         if len(owners[id(parameter)]) > 1:
             return f"a parameter of it is shared by {' and '.join(owners[id(parameter)])}"
+    if isinstance(module, Norm) and not _is_of_torch(module) and not _is_by_channel(module):
+        return f"{own}, of which some channels alone do not compute what they did among all"
     return None
+
+
+def _is_of_torch(module: nn.Module) -> bool:
+    if isinstance(module, nn.Linear):
+        return not overrides_forward(module)
+    return type(module).forward.__module__.startswith("torch.nn.")
+
+
+def _is_by_channel(norm: Norm) -> bool:
+    """Whether every other channel of a norm, sliced out of it, gives what it gave among all.
+
+    That is so of batch norms with an activation and dropout behind them, as timm has. Tried on a
+    copy in eval mode, on random numbers.
+    """
+    flat = isinstance(norm, BatchNorm1d | InstanceNorm1d)
+    deep = isinstance(norm, BatchNorm3d | InstanceNorm3d)
+    axes = 1 if flat else 3 if deep else 2
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, norm.num_features, *[3] * axes, generator=generator, dtype=torch.float64)
+    kept = list(range(0, norm.num_features, 2))
+    try:
+        with preserved_random_state(), torch.no_grad():
+            whole = copy.deepcopy(norm).to("cpu", torch.float64).eval()
+            part = copy.deepcopy(whole)
+            slice_channels(part, outputs=kept)
+            # A copy of what is read: an activation may work in place.
+            return torch.allclose(part(x[:, kept].clone()), whole(x.clone())[:, kept])
+    except Exception:  # noqa: BLE001 - a user's forward may raise anything
+        return False
 
 
 def _is_hooked(module: nn.Module) -> bool:

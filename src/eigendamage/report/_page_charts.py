@@ -29,6 +29,8 @@ class Mark:
         value: accuracy, or whatever is drawn upwards.
         style: class of the mark: ``stage``, ``end`` or ``other``.
         error: standard error of the value; 0 for none.
+        of: the method that made it, where it is not the report's; told, and drawn where it is the
+            label too.
     """
 
     label: str
@@ -36,6 +38,12 @@ class Mark:
     value: float
     style: str
     error: float = 0.0
+    of: str = ""
+
+    @property
+    def told(self) -> str:
+        """What it is called where there is room for a name."""
+        return self.label or self.of or "another budget"
 
 
 def _frame(x: Axis, y: Axis, names: tuple[str, str], shown: tuple[Sequence[str], ...]) -> Html:
@@ -99,8 +107,7 @@ def tradeoff(
     drawn += [path([(x.place(a), y.place(b)) for a, b in line], "trail") for line in lines]
     drawn += _labelled(marks, x, y, as_share)
     told = "; ".join(
-        f"{m.label or 'another budget'}: {_value(m.value, as_share)} with {100 * m.left:.1f} % "
-        f"of the MACs"
+        f"{m.told}: {_value(m.value, as_share)} with {100 * m.left:.1f} % of the MACs"
         for m in marks
     )
     return svg("tradeoff", f"{what} against the MACs left", told, (_WIDTH, _HEIGHT), *drawn)
@@ -149,7 +156,7 @@ def _labelled(marks: Sequence[Mark], x: Axis, y: Axis, as_share: bool) -> list[H
             y.place(m.value),
             f"mark.{m.style}",
             {"other": 3.5, "end": 6.5}.get(m.style, 5.0),
-            f"{m.label}: {_value(m.value, as_share)} at {100 * m.left:.1f} % of the MACs",
+            f"{m.told}: {_value(m.value, as_share)} at {100 * m.left:.1f} % of the MACs",
         )
         for m in sorted(marks, key=lambda mark: _ORDER.index(mark.style))
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from eigendamage.report._comparison import Comparison
 from eigendamage.report._measured import Measured
@@ -66,7 +67,9 @@ def against_macs(report: Report, sweep: Sweep | None, comparison: Comparison | N
     if labeled:
         reading += " Bars are one standard error up and down."
     if beside:
-        reading += " Small marks on lines are other budgets or methods."
+        reading += (
+            " Small marks on lines are other budgets or methods, each named at its smallest model."
+        )
     return section(
         "against-macs",
         f"{what.capitalize()} against MACs",
@@ -92,8 +95,11 @@ def _others(sweep: Sweep | None, comparison: Comparison | None, what: str) -> li
     for row in () if comparison is None else comparison.rows:
         found = None if row.final is None or row.masks else getattr(row.final, what)
         if row.macs is not None and found is not None:
-            lines.setdefault(row.method, []).append(Mark("", row.macs, found, "other"))
-    return [sorted(line, key=lambda mark: mark.left) for line in lines.values()]
+            mark = Mark("", row.macs, found, "other", of=row.method)
+            lines.setdefault(row.method, []).append(mark)
+    ordered = [sorted(line, key=lambda mark: mark.left) for line in lines.values()]
+    # The smallest model of a method carries its name: there the lines lie apart.
+    return [[replace(line[0], label=line[0].of), *line[1:]] for line in ordered]
 
 
 def _versions(report: Report) -> Html:

@@ -197,9 +197,7 @@ def _change(path: str, module: nn.Module, old: nn.Module, form: ModuleForm) -> N
         if form.added_bias:
             _add_bias(path, module)
         if form.masked and not is_masked(module):
-            weight = module.weight
-            assert isinstance(weight, Tensor)
-            prune.custom_from_mask(module, "weight", torch.ones_like(weight))
+            _add_mask(path, module)
         set_origin(module, reshaped_origin(old, outputs=outputs, inputs=inputs))
     for attribute, (before, after) in form.counts.items():
         counted = recounted_origin(module, attribute, before)
@@ -220,3 +218,13 @@ def _add_bias(path: str, module: nn.Module) -> None:
     weight = module.weight
     bias = nn.Parameter(weight.new_empty(len(weight)), requires_grad=weight.requires_grad)
     module.register_parameter("bias", bias)
+
+
+def _add_mask(path: str, module: nn.Module) -> None:
+    weight = dict(module.named_parameters(recurse=False)).get("weight")
+    if weight is None:
+        raise FileFormatError(
+            f"'{path}' is a {type(module).__name__} without a weight of its own, which cannot have "
+            f"the mask that is saved"
+        )
+    prune.custom_from_mask(module, "weight", torch.ones_like(weight))

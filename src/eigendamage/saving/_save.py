@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import nn
 
-from eigendamage.errors import MismatchError
-from eigendamage.files import written_together
+from eigendamage.errors import EigenDamageError, MismatchError
+from eigendamage.files import Document, written_together
 from eigendamage.layers import saved_tensors
 from eigendamage.plan import Plan
 from eigendamage.report import Report, write_page
@@ -26,6 +27,7 @@ REPORT = "report.json"
 STRUCTURE = "structure.json"
 PAGE = "report.html"
 _FILES = (WEIGHTS, PLAN, REPORT, PAGE, STRUCTURE)  # the structure last: it says that all is there
+D = TypeVar("D", bound=Document)
 
 
 @runtime_checkable
@@ -108,14 +110,24 @@ def load(
     Raises:
         MismatchError: if ``model`` is not the original; the first name that does not fit is named,
             with both shapes.
-        FileFormatError: if a file is damaged, of another version, or does not fit the others.
-        FileNotFoundError: if a file is missing.
+        FileFormatError: if the structure or the weights are damaged, of another version, or do not
+            fit one another.
+        FileNotFoundError: if one of the two is missing.
+
+    Warns:
+        UserWarning: if the plan or the report cannot be read. The model is loaded without it.
     """
     folder = Path(directory)
     structure = Structure.load(folder / STRUCTURE)
     if not (folder / WEIGHTS).is_file():
         raise FileNotFoundError(f"there is no {WEIGHTS} in {folder}")
-    made = _made(folder)
+    made, faults = _made(folder)
+    for fault in faults:
+        warnings.warn(
+            f"{fault}. The model is whole without it, and is loaded as one that does not know it; "
+            f"save it anew, or take the file away",
+            stacklevel=2,
+        )
     loaded = restore(model, structure, [folder / WEIGHTS], device=device)
     if made is not None:
         set_made(loaded, made)
@@ -143,11 +155,27 @@ def restore(
     return smaller if device is None else smaller.to(device)
 
 
-def _made(folder: Path) -> Made | None:
-    if not (folder / PLAN).is_file():
+def _made(folder: Path) -> tuple[Made | None, list[str]]:
+    """What the folder tells of how the model was made, and what of it cannot be read, and why."""
+    faults: list[str] = []
+    report = _told(Report, folder / REPORT, faults)
+    plan = _told(Plan, folder / PLAN, faults)
+    if plan is not None:
+        return Made(plan, report), faults
+    if report is not None and not faults:
+        faults.append(f"{folder / REPORT} belongs to a plan, and there is no {PLAN} to be read")
+    return None, faults
+
+
+def _told(kind: type[D], path: Path, faults: list[str]) -> D | None:
+    """A document; None where there is none, or where it cannot be read, which is a fault."""
+    if not path.exists():
         return None
-    report = Report.load(folder / REPORT) if (folder / REPORT).is_file() else None
-    return Made(Plan.load(folder / PLAN), report)
+    try:
+        return kind.load(path)
+    except (EigenDamageError, OSError) as error:
+        faults.append(str(error))
+        return None
 
 
 def _places(model: nn.Module, names: Iterable[str]) -> dict[str, torch.device]:

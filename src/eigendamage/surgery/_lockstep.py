@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from traceback import walk_tb
 from typing import NamedTuple
 
 import torch
@@ -62,7 +63,7 @@ def lockstep(twins: Twins, traces: Sequence[Trace], max_memory: int) -> Steps:
             anew for each layer.
 
     Raises:
-        LayerError: if a layer does not run, runs twice or out of turn on some batch.
+        LayerError: if a layer does not run, fails, runs twice or out of turn on some batch.
     """
     strategy = together if held_bytes(twins, traces) <= max_memory else anew
     with ExitStack() as stack:
@@ -160,10 +161,30 @@ def _forward(
     model: nn.Module, batch: Batch, same: Callable[[], AbstractContextManager[None]]
 ) -> Callable[[], None]:
     def forward() -> None:
-        with same():
-            call(model, batch)
+        try:
+            with same():
+                call(model, batch)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise _cannot_run(model, batch, error) from error
 
     return forward
+
+
+def _cannot_run(model: nn.Module, batch: Batch, error: RuntimeError) -> LayerError:
+    """A forward pass that failed though it went well on the first batch, by the layer it was in."""
+    names = {id(module): name for name, module in model.named_modules()}
+    inside = [frame.f_locals.get("self") for frame, _ in walk_tb(error.__traceback__)]
+    name = next((names[id(m)] for m in reversed(inside) if id(m) in names), "")
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return LayerError(
+        name,
+        f"it fails on a batch of {batch.size} examples: {reason}. On the first batch the network "
+        f"ran; a layer that runs for some batches only (by their size, say) was not seen there, "
+        f"and channels that it reads may be gone. Give batches of one size, or the data so that "
+        f"such a layer runs on the first",
+    )
 
 
 def _surroundings(device: torch.device) -> Callable[[], AbstractContextManager[None]]:

@@ -96,7 +96,7 @@ def repair_model(
         DataError: if there is no batch to fit on, or none to judge by.
         MismatchError: if a layer is unknown, or its outputs are not those of the original.
         NonFiniteError: if a layer reads or returns a NaN or an infinity.
-        LayerError: if a layer does not run, runs twice or out of turn on some batch.
+        LayerError: if a layer does not run, fails, runs twice or out of turn on some batch.
     """
     if not (ridge >= 0 and positions >= 1):
         raise EigenDamageError(
