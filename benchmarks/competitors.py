@@ -107,9 +107,10 @@ class Gradients:
         self.mean = {n: torch.zeros_like(p) for n, p in parameters.items()}
         self.square = {n: torch.zeros_like(p) for n, p in parameters.items()}
         count = 0
-        for x, y in data:
-            for one in cross_entropy(model(x), y, reduction="none"):
-                found = torch.autograd.grad(one, list(parameters.values()), retain_graph=True)
+        for images, labels in data:
+            for x, y in zip(images.split(1), labels.split(1), strict=True):
+                one = cross_entropy(model(x), y)
+                found = torch.autograd.grad(one, list(parameters.values()))
                 for name, g in zip(parameters, found, strict=True):
                     self.mean[name] += g
                     self.square[name] += g.square()
