@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import cost_tables
 import peers_tables
 from pictures import MISSING, PICTURES, demo_reports, load
 
@@ -560,16 +561,6 @@ def coverage(results: Mapping[str, Any]) -> str:
     return "\n\n".join([*parts, source])
 
 
-def peers_untrained(results: Mapping[str, Any]) -> str:
-    """All methods and other tools, without training."""
-    return peers_tables.render(results, 0, table)
-
-
-def peers_trained(results: Mapping[str, Any]) -> str:
-    """The same after two epochs."""
-    return peers_tables.render(results, 2, table)
-
-
 TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "demo": ("demo.json", demo),
     "demo-loss": ("demo.json", demo_loss),
@@ -584,8 +575,11 @@ TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "latency-budgets": ("latency_budgets.json", latency_budgets),
     "compare": ("compare.json", compare),
     "coverage": ("coverage.json", coverage),
-    "peers-untrained": ("peers.json", peers_untrained),
-    "peers-trained": ("peers.json", peers_trained),
+    "peers-untrained": ("peers.json", lambda results: peers_tables.render(results, 0, table)),
+    "peers-trained": ("peers.json", lambda results: peers_tables.render(results, 2, table)),
+    "score-cost": ("score_cost.json", lambda results: cost_tables.score_cost(results, table)),
+    "growth": ("growth.json", lambda results: cost_tables.growth(results, table)),
+    "simulated": ("growth.json", lambda results: cost_tables.simulated(results, table)),
     "language-models": ("language_models.json", language_models),
 }
 """The result file and the renderer of each table."""
