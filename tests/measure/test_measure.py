@@ -136,3 +136,41 @@ def test_divergence_is_the_rise_of_the_loss_at_the_models_own_truth(loss: str) -
     predicted = 0.5 * step.flatten() @ total @ step.flatten()
     assert measured == pytest.approx(float(predicted), rel=1e-3)
     assert float(c.eigenvalues.sum()) == pytest.approx(float(total.trace()))
+
+
+class _Right(nn.Module):
+    """Predicts class 1 where the input says so, else class 0."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.stack([-x, x], -1)
+
+
+@pytest.mark.parametrize("tokens", [1, 12])
+def test_the_standard_error_of_an_accuracy_is_the_spread_over_redrawn_data(tokens: int) -> None:
+    chance = torch.Generator().manual_seed(0)
+
+    def texts(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        # How hard a text is decides most of its tokens: they are right or wrong together.
+        hard = torch.rand(count, 1, generator=chance)
+        right = torch.rand(count, tokens, generator=chance) < hard**2
+        labels = torch.ones(count, tokens, dtype=torch.long)
+        length = torch.randint(1, tokens + 1, (count, 1), generator=chance)
+        labels[torch.arange(tokens) >= length] = -100
+        return 2.0 * right - 1, labels
+
+    def measured(count: int) -> ed.Evaluation:
+        return ed.evaluate(_Right(), [texts(count // 2), texts(count // 2)], progress=False)
+
+    found = [measured(200) for _ in range(300)]
+    spread = torch.tensor([e.accuracy for e in found]).std().item()
+    told = torch.tensor([e.accuracy_error for e in found]).mean().item()
+    assert told == pytest.approx(spread, rel=0.1)
+    if tokens == 1:
+        p = found[0].accuracy
+        assert p is not None
+        assert found[0].accuracy_error == pytest.approx((p * (1 - p) / 200) ** 0.5)
+
+
+def test_without_class_labels_there_is_no_standard_error() -> None:
+    found = ed.evaluate(nn.Linear(3, 2), [torch.randn(4, 3)], progress=False)
+    assert (found.accuracy, found.accuracy_error) == (None, None)

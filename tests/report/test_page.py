@@ -199,6 +199,12 @@ def test_what_is_not_known_is_said_in_other_words(changes: dict[str, Any], said:
     assert said in _Page(ed.report_page(_report().model_copy(update=changes))).text
 
 
+def test_a_standard_error_that_was_measured_takes_the_place_of_that_of_single_predictions() -> None:
+    final = Measured(accuracy=0.865, divergence=0.03, accuracy_error=0.021)
+    text = _Page(ed.report_page(_report().model_copy(update={"polished": final}))).text
+    assert "a standard error of 2.1 points" in text
+
+
 def test_rounds_sweeps_and_a_budget_of_loss_are_drawn() -> None:
     one = RoundReport(
         method="auto",

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Int
 from torch import Tensor
 
 from eigendamage.batches import Batch, tensors_in
@@ -121,17 +122,20 @@ class CrossEntropy(PredictiveHead):
     def has_target(self, batch: Batch) -> bool:
         return self.target(batch) is not None
 
-    def predictions(self, output: Any, batch: Batch) -> tuple[int, int | None]:
-        """How many positions of a batch count, and how many of them are predicted right.
+    def predictions(
+        self, output: Any, batch: Batch
+    ) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"] | None]:
+        """How many positions of each example count, and how many of them are predicted right.
 
         The second is None where the labels are none, or probabilities.
         """
         logits = self._classes_last(logits_of(output))
         counted = self.counted(logits.shape[:-1], batch)
-        target, total = self.target(batch), int(counted.sum())
+        target, totals = self.target(batch), counted.reshape(batch.size, -1).sum(1)
         if target is None or target.is_floating_point():
-            return total, None
-        return total, int(((logits.argmax(-1) == target) & counted).sum())
+            return totals, None
+        right = (logits.argmax(-1) == target) & counted
+        return totals, right.reshape(batch.size, -1).sum(1)
 
     def _labels(self, logits: Tensor, batch: Batch) -> Tensor:
         """Class indices as int64, or soft labels, checked against outputs with classes last.

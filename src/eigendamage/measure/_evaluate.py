@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from jaxtyping import Int
+from torch import Tensor, nn
 
 from eigendamage.batches import Batch, Batches, Data
 from eigendamage.calls import call, device_of, logits_of
@@ -35,6 +36,10 @@ class Evaluation:
         loss: mean loss per example, where there are labels.
         accuracy: fraction of right predictions (of all positions with a label), for cross-entropy
             with class labels.
+        accuracy_error: standard error of the accuracy, for examples drawn at random, of which each
+            brings all its positions along: √Σ(r − p·c)² / Σc over examples with r of c positions
+            right (Cochran 1977, chapter 3: clusters). With one position each it
+            is √(p(1 − p)/n).
         positions: how many positions (tokens, pixels) of all examples count, for cross-entropy.
         divergence: mean over examples of the loss's rise if the reference told the truth, where a
             reference was given; KL(reference ‖ model) in nats for cross-entropy.
@@ -45,6 +50,7 @@ class Evaluation:
     accuracy: float | None
     divergence: float | None
     positions: int | None = None
+    accuracy_error: float | None = None
 
     @property
     def loss_per_position(self) -> float | None:
@@ -131,7 +137,8 @@ class _Tally:
 
     def __init__(self, head: Head) -> None:
         self._head = head
-        self._examples = self._positions = self._right = self._judged = 0
+        self._examples = self._positions = 0
+        self._accuracy = _Ratio()
         self._loss = self._divergence = 0.0
         self._labelled = True
         self._compared = False
@@ -147,10 +154,9 @@ class _Tally:
             self._loss += float(self._head.per_example(output, batch).double().sum())
         if isinstance(self._head, CrossEntropy):
             counted, right = self._head.predictions(output, batch)
-            self._positions += counted
+            self._positions += int(counted.sum())
             if right is not None:
-                self._right += right
-                self._judged += counted
+                self._accuracy.add(right, counted)
         if reference is not None and isinstance(self._head, PredictiveHead):
             self._compared = True
             self._divergence += float(
@@ -159,10 +165,39 @@ class _Tally:
 
     def result(self) -> Evaluation:
         n = self._examples
+        judged = self._labelled and self._accuracy.total
         return Evaluation(
             examples=n,
             loss=self._loss / n if self._labelled else None,
-            accuracy=self._right / self._judged if self._labelled and self._judged else None,
+            accuracy=self._accuracy.value if judged else None,
+            accuracy_error=self._accuracy.error if judged else None,
             divergence=self._divergence / n if self._compared else None,
             positions=self._positions if isinstance(self._head, CrossEntropy) else None,
         )
+
+
+class _Ratio:
+    """A sum of parts over a sum of wholes, of examples that have both, and its standard error."""
+
+    def __init__(self) -> None:
+        self._part = self.total = 0
+        self._squares = (0, 0, 0)  # of parts, of parts times wholes, of wholes
+
+    def add(self, parts: Int[Tensor, " n"], wholes: Int[Tensor, " n"]) -> None:
+        self._part += int(parts.sum())
+        self.total += int(wholes.sum())
+        products = (parts * parts, parts * wholes, wholes * wholes)
+        known = zip(self._squares, products, strict=True)
+        pp, pw, ww = (before + int(product.sum()) for before, product in known)
+        self._squares = (pp, pw, ww)
+
+    @property
+    def value(self) -> float:
+        return self._part / self.total
+
+    @property
+    def error(self) -> float:
+        """By the spread of examples about the ratio: positions of one are not independent."""
+        pp, pw, ww = self._squares
+        ratio = self.value
+        return math.sqrt(max(0.0, pp - 2 * ratio * pw + ratio * ratio * ww)) / self.total

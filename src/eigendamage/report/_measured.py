@@ -11,7 +11,9 @@ class Measured(Frozen):
 
     Attributes:
         loss: mean loss per example.
-        accuracy: fraction of right predictions.
+        accuracy: fraction of right predictions, of all positions (tokens) with a label.
+        accuracy_error: its standard error, by the spread from example to example; see `Evaluation`.
+            None in a report that an older version wrote.
         divergence: mean over examples of KL(original ‖ this) in nats, or what takes its place for
             the loss at hand.
         perplexity: the exponential of the mean loss of a position (a token); None where an example
@@ -22,6 +24,7 @@ class Measured(Frozen):
     accuracy: float | None = None
     divergence: float | None = None
     perplexity: float | None = None
+    accuracy_error: float | None = None
 
     @classmethod
     def of(cls, evaluation: Evaluation) -> Measured:
@@ -32,4 +35,5 @@ class Measured(Frozen):
             accuracy=evaluation.accuracy,
             divergence=evaluation.divergence,
             perplexity=evaluation.perplexity if by_position else None,
+            accuracy_error=evaluation.accuracy_error,
         )

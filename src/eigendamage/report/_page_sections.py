@@ -36,7 +36,7 @@ def against_macs(report: Report, sweep: Sweep | None, comparison: Comparison | N
         if (found := value(measured)) is not None:
             style = "end" if measured is report.final else "stage"
             where = 1.0 if measured is report.original else left
-            error = standard_error(found, report.measured_examples) if labeled else 0.0
+            error = standard_error(measured, report.measured_examples) if labeled else 0.0
             marks.append(Mark(words, where, found, style, error))
     if not labeled:
         marks.insert(0, Mark("original", 1.0, 0.0, "stage"))

@@ -79,19 +79,26 @@ def _outcome(before: Measured, after: Measured) -> str:
     return "was not measured: it has neither labels nor predictions to go by"
 
 
-def standard_error(accuracy: float, examples: int) -> float:
-    """How far chance moves an accuracy that was measured on so many examples."""
+def standard_error(measured: Measured, examples: int) -> float:
+    """How far chance moves an accuracy that was measured on so many examples.
+
+    As it was measured, from example to example; where that is not known, as if each example had one
+    prediction.
+    """
+    accuracy = measured.accuracy or 0.0
+    if measured.accuracy_error is not None:
+        return measured.accuracy_error
     return (accuracy * (1 - accuracy) / examples) ** 0.5
 
 
 def chance(report: Report) -> str:
     """How far chance moves the accuracy of the result, in a sentence; empty without one."""
-    accuracy, examples = report.final.accuracy, report.measured_examples
-    if accuracy is None:
+    final, examples = report.final, report.measured_examples
+    if final.accuracy is None:
         return ""
     return (
-        f" With {examples:,} examples an accuracy near {share(accuracy)} has a standard error of "
-        f"{100 * standard_error(accuracy, examples):.1f} points."
+        f" With {examples:,} examples an accuracy near {share(final.accuracy)} has a standard "
+        f"error of {100 * standard_error(final, examples):.1f} points."
     )
 
 
