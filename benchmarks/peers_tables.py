@@ -63,6 +63,43 @@ def render(results: Mapping[str, Any], epochs: int, table: Table) -> str:
     return "\n\n".join([*parts, _source(results)]) if parts else "*Not measured yet.*"
 
 
+KINDS: dict[str, Callable[[str], bool]] = {
+    "`auto`": lambda method: method == OURS,
+    "the paper's family, best of {}": lambda method: method.startswith("ours, ") and method != OURS,
+    "Torch-Pruning, best of {}": lambda method: method.startswith("Torch-Pruning"),
+    "SVD and Tucker-2, best of {}": lambda method: "SVD" in method or method == "Tucker-2",
+}
+
+
+def short(results: Mapping[str, Any], table: Table) -> str:
+    """Of each kind of method the best at each budget, without training."""
+    parts: list[str] = []
+    for network, rows in by_network(results, 0).items():
+        budgets = sorted({row["budget"] for row in rows}, reverse=True)
+        found = means(rows)
+        lines: list[list[str]] = []
+        for kind, belongs in KINDS.items():
+            methods = {method for method, _ in found if belongs(method)}
+            best = [
+                max((found[m, b] for m in methods if (m, b) in found), key=statistics.mean)
+                if any((m, b) in found for m in methods)
+                else None
+                for b in budgets
+            ]
+            lines.append([kind.format(len(methods)), *map(_cell, best)])
+        base = statistics.mean(row["base"] for row in rows)
+        header = [
+            f"{network}, {100 * base:.1f} %",
+            *(f"{100 * b:g} % of the MACs" for b in budgets),
+        ]
+        parts.append(table(header, lines))
+    said = (
+        "Accuracy in percent on the test split of CIFAR-10, without training. The best of several "
+        f"is the best by this very table. `{results['command']}`."
+    )
+    return "\n\n".join([*parts, said])
+
+
 def _rank(
     found: Mapping[tuple[str, float], Sequence[float]], method: str, at: list[float]
 ) -> float:

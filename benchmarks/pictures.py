@@ -91,6 +91,9 @@ class Picture:
             self.panels(left, right, self.points(results))
             for axes in (left, right):
                 axes.set_axisbelow(True)
+                if not axes.has_data():
+                    axes.text(0.5, 0.5, "not measured yet", ha="center", transform=axes.transAxes)
+                    continue
                 axes.legend(
                     loc="upper center", bbox_to_anchor=(0.5, -0.16), handlelength=4, frameon=False
                 )

@@ -575,6 +575,7 @@ TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "latency-budgets": ("latency_budgets.json", latency_budgets),
     "compare": ("compare.json", compare),
     "coverage": ("coverage.json", coverage),
+    "peers-short": ("peers.json", lambda results: peers_tables.short(results, table)),
     "peers-untrained": ("peers.json", lambda results: peers_tables.render(results, 0, table)),
     "peers-trained": ("peers.json", lambda results: peers_tables.render(results, 2, table)),
     "score-cost": ("score_cost.json", lambda results: cost_tables.score_cost(results, table)),
