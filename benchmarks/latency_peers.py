@@ -1,0 +1,151 @@
+"""Accuracy against measured milliseconds: ours by MACs and by latency, beside Torch-Pruning.
+
+The candidates of one network are made first and then timed together, taking turns, in every way of
+running them: eager, channels_last, torch.compile and onnxruntime, at batches of 1 and 64. Nothing
+is trained; batch norm's statistics are measured again for all but the repaired ones. Accuracy is
+that on the test split. On a machine that does nothing else, run
+
+    python benchmarks/latency_peers.py
+    python benchmarks/latency_peers.py --network NETWORK --data DATA --weights WEIGHTS
+
+Rows of other networks in the results file stay.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+from competitors import competitors, shortcut_macs
+from recording import add_row
+from torch import Tensor, nn
+
+import eigendamage as ed
+from eigendamage import zoo
+from eigendamage.measure import time_together
+
+EXAMPLES = 2000
+OTHERS = ("Torch-Pruning GroupTaylor, global", "Torch-Pruning GroupMagnitude, global")
+COMMAND = "python benchmarks/latency_peers.py --network NETWORK --data DATA --weights WEIGHTS"
+ROUNDS = 31
+
+
+def images(given: argparse.Namespace, split: str, limit: int | None) -> zoo.ImageSet:
+    if given.network == "demo_network":
+        return zoo.fashion_mnist(split).take(slice(0, limit))
+    return zoo.load_images(given.data, split, limit=limit, seed=0)
+
+
+def candidates(given: argparse.Namespace, model: nn.Module) -> dict[str, nn.Module | str]:
+    """By name the networks, or why one could not be made."""
+    few = images(given, "train", EXAMPLES)
+    unlabeled = zoo.ImageSet(few.images).batches(125)
+    example = few.images[:1]
+    curvature = ed.estimate_curvature(
+        model, unlabeled, also=("patches", "gradients", "channels"), progress=False
+    )
+    others = competitors(model, example, few.batches(125), curvature)
+    found: dict[str, nn.Module | str] = {"original": copy.deepcopy(model)}
+
+    def ours(budget: ed.Budget, **options: Any) -> nn.Module | str:
+        try:
+            return ed.compress(
+                model,
+                unlabeled,
+                budget=budget,
+                eval_data=few.take(slice(0, 50)).batches(50),
+                progress=False,
+                **options,
+            ).model
+        except ed.BudgetError as error:
+            return str(error)
+
+    for budget in given.budgets:
+        found[f"auto, macs {budget:g}"] = ours(ed.Budget(macs=budget))
+        found[f"auto, channels alone, macs {budget:g}"] = ours(
+            ed.Budget(macs=budget), actions=("channels",)
+        )
+        for batch in (1, 64):
+            found[f"auto, latency {budget:g} at batch {batch}"] = ours(
+                ed.Budget(latency=budget), latency_batch=batch
+            )
+        for name in OTHERS:
+            small = others[name](budget)
+            ed.recalibrate_batchnorm(small, unlabeled, progress=False)
+            found[f"{name}, macs {budget:g}"] = small
+    return found
+
+
+def session(model: nn.Module, x: Tensor, folder: str, number: int) -> Callable[[], object]:
+    """One call of onnxruntime, with as many threads as torch has."""
+    path = Path(folder) / f"{number}-{len(x)}.onnx"
+    ed.export(model, path, format="onnx", example=x, progress=False)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    run = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    inputs: dict[str, np.ndarray] = {run.get_inputs()[0].name: x.numpy()}
+    return partial(run.run, None, inputs)
+
+
+def calls(models: list[nn.Module], x: Tensor, way: str, folder: str) -> list[Callable[[], object]]:
+    if way == "onnxruntime":
+        return [session(model, x, folder, number) for number, model in enumerate(models)]
+    if way == "channels_last":
+        models = [copy.deepcopy(m).to(memory_format=torch.channels_last) for m in models]
+        x = x.contiguous(memory_format=torch.channels_last)
+    if way == "torch.compile":
+        torch._dynamo.reset()
+        models = [torch.compile(copy.deepcopy(model)) for model in models]
+    return [partial(model, x) for model in models]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--network", default="demo_network", help="of the zoo")
+    parser.add_argument("--data", help="CIFAR-10; the bundled images for demo_network")
+    parser.add_argument("--weights")
+    parser.add_argument("--budgets", type=float, nargs="+", default=[0.5])
+    here = Path(__file__).parent / "results" / "latency_peers.json"
+    parser.add_argument("--out", type=Path, default=here)
+    given = parser.parse_args()
+
+    model = zoo.get(given.network)().eval()
+    if given.weights is not None:
+        zoo.load_weights(model, given.weights)
+    test = images(given, "test", None)
+    whole = ed.count(model, test.images[:1]).macs
+    made = candidates(given, model)
+    models = {name: m.eval() for name, m in made.items() if isinstance(m, nn.Module)}
+    times: dict[str, dict[str, float]] = {name: {} for name in models}
+    with tempfile.TemporaryDirectory() as folder:
+        for way in ("eager", "channels_last", "torch.compile", "onnxruntime"):
+            for batch in (1, 64):
+                x = test.images[:batch].clone()
+                each = calls(list(models.values()), x, way, folder)
+                found = time_together(each, device=torch.device("cpu"), rounds=ROUNDS)
+                for name, spent in zip(models, found, strict=True):
+                    times[name][f"{way}, {batch}"] = spent
+    for name, small in made.items():
+        row: dict[str, Any] = {"network": given.network, "seed": 0, "candidate": name}
+        if isinstance(small, str):
+            row["refused"] = small
+        else:
+            counted = ed.count(small, test.images[:1]).macs
+            row["macs"] = (counted - shortcut_macs(small, test.images[:1])) / whole
+            row["accuracy"] = ed.evaluate(small, test.batches(200), progress=False).accuracy
+            row["milliseconds"] = times[name]
+        print(row, flush=True)
+        head = {"command": COMMAND, "rounds": ROUNDS, "examples": EXAMPLES}
+        add_row(given.out, head, row, ("network", "seed", "candidate"))
+
+
+if __name__ == "__main__":
+    main()
