@@ -109,10 +109,11 @@ def latency_peers(results: Results, table: Table) -> str:
         header = ["network", "MACs left", "accuracy", *original]
         parts += [f"**{network}**", table(header, lines)]
     first = results["rows"][0]
+    threads, cores = first["machine"]["threads"], first["machine"]["cores"]
     parts.append(
         f"Times as fractions of the original's, medians of {results['rounds']} rounds in which all "
         f"take turns; the number after the way is the batch. No training. `{results['command']}`, "
-        f"seed 0, {first['machine']['threads']} threads of {first['machine']['cores']} cores; torch "
+        f"seed 0, {threads} threads of {cores} cores; torch "
         f"{first['versions']['torch']}, eigendamage {first['versions']['eigendamage']}."
     )
     return "\n\n".join(parts)
