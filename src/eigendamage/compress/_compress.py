@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
 
-from eigendamage.batches import Data, iterable_of
+from eigendamage.batches import Data, iterable_of, kept
 from eigendamage.columns import fitted
 from eigendamage.compress._call import call_in_words, with_command
 from eigendamage.compress._once import check, once
@@ -188,7 +188,7 @@ def compress(
         result = once(model, data, options, eval_data=eval_data, curvature=curvature)
         return noted(with_command(result, said))
     # One view of the data for all rounds: a generator is used up by the first.
-    data = list(data) if isinstance(data, Iterator) else data
+    data = kept(data)
     training = None
     if epochs:
         if finetuning is not None and finetuning.epochs not in (1, epochs):
@@ -206,7 +206,7 @@ def compress(
         options,
         rounds=rounds,
         training=training,
-        eval_data=list(eval_data) if isinstance(eval_data, Iterator) else eval_data,
+        eval_data=kept(eval_data),
         curvature=curvature,
         directory=None if directory is None else Path(directory),
     )

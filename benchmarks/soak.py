@@ -1,0 +1,113 @@
+"""Does anything leak, and does any odd call end in anything but a result or an error with a name?
+
+    python benchmarks/soak.py --calls 200
+
+Draws networks, data and options of `compress` by a seed (`tests/hard/odd_calls.py`), makes the
+calls one after another in one process, and checks each as the tests do: the budget is met, outputs
+and gradients are finite, the model that was given is as it was bit for bit, what is saved and
+loaded is equal; or the call ends in an error of the library. In between it measures the process's
+memory, its open files, and the hooks and modules that are still alive.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import random
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from recording import machine, record, versions
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tests.hard.odd_calls import odd_call, outcome
+
+_RESULTS = Path(__file__).parent / "results" / "soak.json"
+_WARM_UP = 20  # calls before the first measurement: caches of torch and of imports fill
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def measured() -> dict[str, int]:
+    """What a leak would raise, after a garbage collection."""
+    gc.collect()
+    # By type: isinstance asks proxies for their class, and some warn.
+    kinds = [(o, type(o)) for o in gc.get_objects()]
+    alive = [o for o, kind in kinds if issubclass(kind, nn.Module)]
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return {
+        "resident_bytes": pages * os.sysconf("SC_PAGE_SIZE"),
+        "open_files": sum(1 for _ in Path("/proc/self/fd").iterdir()),
+        "modules": len(alive),
+        "hooks": sum(len(getattr(m, kind)) for m in alive for kind in _HOOKS),
+        "tensors": sum(issubclass(kind, torch.Tensor) for _, kind in kinds),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--calls", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=_RESULTS)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.simplefilter("error")
+    draws = random.Random(given.seed)
+    outcomes: Counter[str] = Counter()
+    methods: Counter[str] = Counter()
+    defects: list[dict[str, str]] = []
+    memory: list[dict[str, Any]] = []
+    left: set[str] = set()
+    start = time.monotonic()
+    quarters = {_WARM_UP + round(k * given.calls / 4) for k in range(5)}
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(_WARM_UP + given.calls + 1):
+            if number in quarters:
+                memory.append({"calls": number - _WARM_UP, **measured()})
+                print(memory[-1], flush=True)
+            if number == _WARM_UP + given.calls:
+                break
+            call = odd_call(draws.choice)
+            out = Path(folder) / str(number)
+            try:
+                ended = outcome(call, out)
+            except Exception as error:  # noqa: BLE001 - every one of them is a finding
+                ended = "DEFECT"
+                defects.append({"call": repr(call), "error": f"{type(error).__name__}: {error}"})
+                print(defects[-1], flush=True)
+            if number >= _WARM_UP:
+                outcomes[ended] += 1
+                methods[call.method] += 1
+            for file in Path(folder).rglob("*"):
+                if ".part" in file.name:
+                    left.add(str(file.relative_to(folder)))
+            del call
+    record(
+        given.out,
+        {
+            "command": f"python benchmarks/soak.py {' '.join(sys.argv[1:])}".rstrip(),
+            "seed": given.seed,
+            "machine": machine(),
+            "versions": versions(),
+            "seconds": time.monotonic() - start,
+            "calls": given.calls,
+            "warm_up": _WARM_UP,
+            "outcomes": dict(outcomes.most_common()),
+            "methods": dict(methods.most_common()),
+            "defects": defects,
+            "quarters": memory,
+            "files_half_written": sorted(left),
+        },
+    )
+    sys.exit(1 if defects or left else 0)
+
+
+if __name__ == "__main__":
+    main()
