@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,8 +18,9 @@ from eigendamage.compress._once import check, once
 from eigendamage.compress._result import Compressed, Options, noted
 from eigendamage.compress._rounds import RoundTraining, in_rounds
 from eigendamage.curvature import Curvature, EigenvalueKind, Fisher, Loss
-from eigendamage.distributed import one_fate
+from eigendamage.distributed import decided, one_fate
 from eigendamage.errors import EigenDamageError
+from eigendamage.files import alone_in
 from eigendamage.plan import (
     ACTIONS,
     ActionKind,
@@ -200,16 +203,19 @@ def compress(
         source = iterable_of(data if train_data is None else train_data)
         length_of(source)
         training = RoundTraining(source, config)
-    result = in_rounds(
-        model,
-        data,
-        options,
-        rounds=rounds,
-        training=training,
-        eval_data=kept(eval_data),
-        curvature=curvature,
-        directory=None if directory is None else Path(directory),
-    )
+    with ExitStack() as stack:
+        if directory is not None:
+            decided(partial(stack.enter_context, alone_in(Path(directory))))
+        result = in_rounds(
+            model,
+            data,
+            options,
+            rounds=rounds,
+            training=training,
+            eval_data=kept(eval_data),
+            curvature=curvature,
+            directory=None if directory is None else Path(directory),
+        )
     return noted(with_command(result, said))
 
 

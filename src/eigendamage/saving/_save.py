@@ -9,7 +9,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import nn
 
-from eigendamage.errors import MismatchError
+from eigendamage.errors import MismatchError, MissingFileError
 from eigendamage.files import written_together
 from eigendamage.layers import saved_tensors
 from eigendamage.plan import Plan
@@ -68,7 +68,7 @@ def save(what: nn.Module | Result, directory: str | Path) -> None:
         EigenDamageError: if the model has state that is no tensor, or a tensor of a kind that
             safetensors does not know.
         LayerError: if a stage of a factored layer is no plain layer any more.
-        NotADirectoryError: if there is a file of that name.
+        NotAFolderError: if there is a file of that name.
     """
     if isinstance(what, nn.Module):
         # A compiled model wraps the one that it was made of, and shares its tensors.
@@ -109,12 +109,12 @@ def load(
         MismatchError: if ``model`` is not the original; the first name that does not fit is named,
             with both shapes.
         FileFormatError: if a file is damaged, of another version, or does not fit the others.
-        FileNotFoundError: if a file is missing.
+        MissingFileError: if a file is missing.
     """
     folder = Path(directory)
     structure = Structure.load(folder / STRUCTURE)
     if not (folder / WEIGHTS).is_file():
-        raise FileNotFoundError(f"there is no {WEIGHTS} in {folder}")
+        raise MissingFileError(f"there is no {WEIGHTS} in {folder}")
     made = _made(folder)
     loaded = restore(model, structure, [folder / WEIGHTS], device=device)
     if made is not None:
