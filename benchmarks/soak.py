@@ -6,7 +6,9 @@ Draws networks, data and options of `compress` by a seed (`tests/hard/odd_calls.
 calls one after another in one process, and checks each as the tests do: the budget is met, outputs
 and gradients are finite, the model that was given is as it was bit for bit, what is saved and
 loaded is equal; or the call ends in an error of the library. In between it measures the process's
-memory, its open files, and the hooks and modules that are still alive.
+memory, its open files, and the hooks and modules that are still alive. Then it spoils files of
+every kind that the library reads (`tests/hard/spoilt_files.py`), and counts what reading them ends
+in.
 """
 
 from __future__ import annotations
@@ -24,12 +26,17 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+# Each shape of a convolution stays in oneDNN's cache, up to 1024 of them: to see what else grows,
+# and whether that is ours, the cache is kept small.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
+
 import torch
 from recording import machine, record, versions
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests.hard.odd_calls import odd_call, outcome
+from tests.hard.spoilt_files import SpoiltFiles
 
 _RESULTS = Path(__file__).parent / "results" / "soak.json"
 _WARM_UP = 20  # calls before the first measurement: caches of torch and of imports fill
@@ -47,6 +54,7 @@ def measured() -> dict[str, int]:
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     return {
         "resident_bytes": pages * os.sysconf("SC_PAGE_SIZE"),
+        "python_blocks": sys.getallocatedblocks(),
         "open_files": sum(1 for _ in Path("/proc/self/fd").iterdir()),
         "modules": len(alive),
         "hooks": sum(len(getattr(m, kind)) for m in alive for kind in _HOOKS),
@@ -54,9 +62,27 @@ def measured() -> dict[str, int]:
     }
 
 
+def spoilt(times: int, seed: int) -> tuple[dict[str, dict[str, int]], list[dict[str, str]]]:
+    """What reading files spoilt at random ends in, by file, and what of it may not be."""
+    counts: Counter[tuple[str, str]] = Counter()
+    defects: list[dict[str, str]] = []
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow tells of odd metadata that it passes over
+        files = SpoiltFiles(Path(folder), seed)
+        for _ in range(times):
+            try:
+                files.go_through(counts)
+            except Exception as error:  # noqa: BLE001 - every one of them is a finding
+                defects.append({"error": f"{type(error).__name__}: {error}"})
+                print(defects[-1], flush=True)
+    names = sorted({name for name, _ in counts})
+    return {n: {how: k for (m, how), k in counts.items() if m == n} for n in names}, defects
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--calls", type=int, default=200)
+    parser.add_argument("--spoilt", type=int, default=100, help="times to spoil every kind of file")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=_RESULTS)
     given = parser.parse_args()
@@ -92,6 +118,8 @@ def main() -> None:
                 if ".part" in file.name:
                     left.add(str(file.relative_to(folder)))
             del call
+    files, broken = spoilt(given.spoilt, given.seed)
+    defects += broken
     record(
         given.out,
         {
@@ -104,6 +132,7 @@ def main() -> None:
             "warm_up": _WARM_UP,
             "outcomes": dict(outcomes.most_common()),
             "methods": dict(methods.most_common()),
+            "spoilt_files": files,
             "defects": defects,
             "quarters": memory,
             "files_half_written": sorted(left),
