@@ -40,6 +40,7 @@ from tests.hard.spoilt_files import SpoiltFiles
 
 _RESULTS = Path(__file__).parent / "results" / "soak.json"
 _WARM_UP = 20  # calls before the first measurement: caches of torch and of imports fill
+_LEFT = ("open_files", "modules", "hooks", "tensors")  # none may be more in the end
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -123,7 +124,8 @@ def main() -> None:
     record(
         given.out,
         {
-            "command": f"python benchmarks/soak.py {' '.join(sys.argv[1:])}".rstrip(),
+            "command": f"python benchmarks/soak.py --calls {given.calls} --spoilt {given.spoilt} "
+            f"--seed {given.seed}",
             "seed": given.seed,
             "machine": machine(),
             "versions": versions(),
@@ -135,10 +137,13 @@ def main() -> None:
             "spoilt_files": files,
             "defects": defects,
             "quarters": memory,
+            "hooks_left": memory[-1]["hooks"],
+            "open_files_left": memory[-1]["open_files"] - memory[0]["open_files"],
             "files_half_written": sorted(left),
         },
     )
-    sys.exit(1 if defects or left else 0)
+    grown = {what for what in _LEFT if memory[-1][what] > memory[0][what]}
+    sys.exit(1 if defects or left or grown else 0)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ WAYS: dict[str, dict[str, Any]] = {
         "finetuning": ed.FinetuneConfig(held_out=0.0),
     },
 }
-POINTS = 4
+POINTS = 3
 
 
 class Stopping:

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import eigendamage as ed
+from eigendamage.layers import find_layers
+from eigendamage.surgery._factor import factored_module
 
 
 def _network(inputs: int = 4) -> nn.Module:
@@ -32,11 +34,13 @@ def test_a_layer_that_was_factored_before_does_not_change_its_format() -> None:
     assert not factored.weight.is_contiguous()  # the product comes out that way, the stages do not
     model = _network()
     model[0] = factored
-    curvature = ed.estimate_curvature(model, [_images()], progress=False)
-    plan = ed.make_plan(model, curvature, ed.Budget(params=0.6), method="eigendamage")
-    small = ed.apply_plan(model, plan, curvature)
-    assert small[0].layout != factored.layout, plan.layers
-    assert all(p.is_contiguous() for p in small.parameters())
+    stages = [torch.randn(2, 4), torch.randn(6, 2, 9)]
+    again = factored_module(find_layers(model).compressible["0"], stages)
+    assert all(p.is_contiguous() for p in again.parameters())
+    model.to(memory_format=torch.channels_last)
+    again = factored_module(find_layers(model).compressible["0"], stages)
+    assert again[1].weight.is_contiguous(memory_format=torch.channels_last)
+    assert not again[1].weight.is_contiguous()
 
 
 def test_narrow_shortcuts_train_in_rows_and_keep_their_format() -> None:

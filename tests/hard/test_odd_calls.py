@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.hard.odd_calls import OddCall, odd_call, outcome
 
-CALLS = 40
+CALLS = 20
 
 
 @st.composite

@@ -12,7 +12,7 @@ from PIL import Image
 import eigendamage as ed
 from tests.hard.spoilt_files import SpoiltFiles
 
-TIMES = 20
+TIMES = 12
 
 
 def test_a_spoilt_file_is_read_or_refused(tmp_path: Path) -> None:
