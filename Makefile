@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c const
 # Where other programs use the cores too, threads that spin while they wait cost minutes.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test slow check docs clean format
+.PHONY: demo test slow soak check docs clean format
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -34,6 +34,10 @@ test: $(VENV)/.dev
 # Those that take long, which test and check leave out.
 slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -n auto -m slow
+
+# Random compressions, one after another in one process: nothing breaks, nothing leaks.
+soak: $(VENV)/.dev
+	$(BIN)/python benchmarks/soak.py
 
 check: $(VENV)/.dev $(VENV)/.docs
 	$(BIN)/ruff format --check .

@@ -21,6 +21,7 @@ from eigendamage.errors import DataError as DataError
 from eigendamage.errors import EigenDamageError as EigenDamageError
 from eigendamage.errors import ExportError as ExportError
 from eigendamage.errors import ExtraError as ExtraError
+from eigendamage.errors import FileError as FileError
 from eigendamage.errors import FileFormatError as FileFormatError
 from eigendamage.errors import LayerError as LayerError
 from eigendamage.errors import LossError as LossError

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
-from itertools import islice
-from typing import Any, cast
+from itertools import count, islice
+from typing import Any, TypeVar, cast
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from eigendamage.errors import DataError, NonFiniteError
+from eigendamage.errors import DataError, EigenDamageError, NonFiniteError
 
 Data = Iterable[Any] | Tensor | Dataset[Any]
 """An iterable of batches: tensors, (input, label) pairs or dicts. A lone tensor is one batch."""
+
+D = TypeVar("D")
 
 LABEL_KEYS = ("labels", "label", "targets", "target")
 TOKEN_KEYS = ("input_ids", "attention_mask", "token_type_ids")
@@ -109,7 +111,7 @@ class Batches:
 
     def __iter__(self) -> Iterator[Batch]:
         seen = 0
-        for index, raw in enumerate(self._source):
+        for index, raw in numbered(self._source):
             known = isinstance(raw, Batch)
             batch = raw.on(self._device) if known else as_batch(raw, index, self._device)
             if self._limit is not None and seen + batch.size > self._limit:
@@ -144,6 +146,37 @@ class Batches:
             return 0
 
 
+def numbered(source: Iterable[Any]) -> Iterator[tuple[int, Any]]:
+    """The batches of a source, each with its number.
+
+    Raises:
+        DataError: if the source fails on the way to a batch; its own error is the cause.
+    """
+    items = iter(source)
+    for index in count():
+        try:
+            raw = next(items)
+        except StopIteration:
+            return
+        except EigenDamageError:
+            raise
+        except Exception as error:
+            raise DataError(
+                f"the data failed at batch {index} with {type(error).__name__}: {error}. Its own "
+                f"error is above; mend the source and run this again"
+            ) from error
+        yield index, raw
+
+
+def kept(data: D) -> D | list[Any]:
+    """The batches of a one-shot iterator as a list; anything else as it is.
+
+    Raises:
+        DataError: as `numbered`.
+    """
+    return [raw for _, raw in numbered(data)] if isinstance(data, Iterator) else data
+
+
 def iterable_of(data: Data) -> Iterable[Any]:
     """What a user calls data as batches: a lone batch as one, a dataset by a loader.
 
@@ -162,7 +195,7 @@ def iterable_of(data: Data) -> Iterable[Any]:
     if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
         return DataLoader(data, batch_size=_DATASET_BATCH)
     if isinstance(data, Iterator):
-        return list(data)
+        return kept(data)
     if not isinstance(data, Iterable):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise DataError(
             f"data must be an iterable of batches (tensors, (input, label) pairs or dicts), "

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from eigendamage.batches import Batch, tensors_in
-from eigendamage.errors import DataError, LossError
+from eigendamage.errors import DataError, LossError, NonFiniteError
 
 
 def call(model: nn.Module, batch: Batch) -> Any:
@@ -81,6 +82,58 @@ def output_tensors(output: Any) -> list[Tensor]:
     """
     found = [t for t in tensors_in(output) if t.is_floating_point()]
     return found or [logits_of(output)]
+
+
+def require_finite(model: nn.Module, batch: Batch, found: Iterable[Tensor]) -> None:
+    """Refuse what a model returned on a batch, whose inputs are finite, if it is not.
+
+    Args:
+        model: the model; run once more to find the place if it is to be refused.
+        batch: what it was called with.
+        found: the tensors that it returned.
+
+    Raises:
+        NonFiniteError: naming the parameter, the buffer or the module that it comes from.
+    """
+    if all(bool(torch.isfinite(t).all()) for t in found):
+        return
+    raise NonFiniteError(
+        f"the model's output holds NaN or infinite values although its input is finite; "
+        f"{_origin(model, batch)}"
+    )
+
+
+def _origin(model: nn.Module, batch: Batch) -> str:
+    """Where in a model values first stop being finite, and what to do about it."""
+    for kind, tensors in (
+        ("parameter", model.named_parameters()),
+        ("buffer", model.named_buffers()),
+    ):
+        for name, tensor in tensors:
+            if not _finite(tensor):
+                return f"{kind} '{name}' holds some: mend it, or load the weights again"
+    places: list[str] = []
+
+    def look(name: str, module: nn.Module, args: object, output: object) -> None:
+        if not places and _finite(args) and not _finite(output):
+            places.append(f"layer '{name}' ({type(module).__name__})")
+
+    leaves = [(n, m) for n, m in model.named_modules() if not any(m.children())]
+    handles = [m.register_forward_hook(partial(look, name)) for name, m in leaves]
+    try:
+        with torch.no_grad():
+            call(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return (
+        f"they first appear in the output of {places[0] if places else 'no module of its own'}: "
+        f"check the weights and the size of the inputs, or run the model in float32"
+    )
+
+
+def _finite(item: object) -> bool:
+    return all(bool(torch.isfinite(t).all()) for t in tensors_in(item) if t.is_floating_point())
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -56,6 +56,18 @@ class FileFormatError(EigenDamageError):
     """A file is not what it should be: another format, another version, cut short."""
 
 
+class FileError(EigenDamageError, OSError):
+    """A file or a folder cannot be read or written: no space, no right, in use by another run."""
+
+
+class MissingFileError(FileError, FileNotFoundError):
+    """A file that is to be read, or the folder of one that is to be written, is not there."""
+
+
+class NotAFolderError(FileError, NotADirectoryError):
+    """A file is where a folder was expected."""
+
+
 class ExportError(EigenDamageError):
     """A model cannot be exported, or what was exported computes something else."""
 

@@ -5,14 +5,28 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from shutil import rmtree
+from threading import get_ident
 from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
 
-from eigendamage.errors import BudgetError, FileFormatError
+from eigendamage.errors import (
+    BudgetError,
+    EigenDamageError,
+    FileError,
+    FileFormatError,
+    MissingFileError,
+    NotAFolderError,
+)
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
 
 
 @contextmanager
@@ -20,17 +34,19 @@ def written_beside(path: str | Path) -> Generator[Path]:
     """A path beside ``path`` to write to; renamed to it if all went well, removed if not.
 
     Raises:
-        FileNotFoundError: if the folder does not exist.
+        MissingFileError: if the folder does not exist.
+        FileError: if it cannot be written, because the disk is full, say. What was there stays.
     """
     final = Path(path)
     if not final.parent.is_dir():
-        raise FileNotFoundError(f"cannot write {final}: the folder {final.parent} does not exist")
-    beside = final.with_name(f".{final.name}.{os.getpid()}.part")
-    try:
-        yield beside
-        beside.replace(final)
-    finally:
-        beside.unlink(missing_ok=True)
+        raise MissingFileError(f"cannot write {final}: the folder {final.parent} does not exist")
+    beside = _beside(final)
+    with _told(final):
+        try:
+            yield beside
+            beside.replace(final)
+        finally:
+            beside.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -39,29 +55,102 @@ def written_together(directory: str | Path, names: Sequence[str]) -> Generator[P
 
     A folder that is not there appears at once, with its parents. In one that is, files are
     replaced one by one in the order of ``names``, those of them that were not written are removed,
-    and files of other names are left alone.
+    and files of other names are left alone. Of two that are written at once the last one stays,
+    whole.
 
     Raises:
-        NotADirectoryError: if there is a file of that name.
+        NotAFolderError: if there is a file of that name.
+        FileError: if it cannot be written.
     """
     final = Path(directory)
     if final.exists() and not final.is_dir():
-        raise NotADirectoryError(f"cannot write into {final}: it is a file, not a folder")
-    final.parent.mkdir(parents=True, exist_ok=True)
-    beside = final.absolute().with_name(f".{final.absolute().name}.{os.getpid()}.part")
-    beside.mkdir()
+        raise NotAFolderError(f"cannot write into {final}: it is a file, not a folder")
+    beside = _beside(final.absolute())
+    with _told(final):
+        final.parent.mkdir(parents=True, exist_ok=True)
+        beside.mkdir()
+        try:
+            yield beside
+            with _locked(final.absolute().parent, wait=True):
+                _move(beside, final, names)
+        finally:
+            rmtree(beside, ignore_errors=True)
+
+
+def _move(beside: Path, final: Path, names: Sequence[str]) -> None:
+    if not final.exists():
+        beside.replace(final)
+        return
+    for name in names:
+        if (beside / name).exists():
+            (beside / name).replace(final / name)
+        else:
+            (final / name).unlink(missing_ok=True)
+
+
+@contextmanager
+def alone_in(directory: Path) -> Generator[None]:
+    """Keep other runs out of a folder, which is made if it is not there.
+
+    A process that ends, however it does, lets go. Where the system or the disk has no locks, none
+    is kept out.
+
+    Raises:
+        FileError: if another run is in it, or it cannot be made.
+    """
+    with _told(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(_locked(directory, wait=False))
+        except BlockingIOError as error:
+            raise FileError(
+                f"another run is at work in {directory}; wait until it ends, or give another folder"
+            ) from error
+        yield
+
+
+@contextmanager
+def _locked(directory: Path, *, wait: bool) -> Generator[None]:
+    """Hold the lock of a folder itself, so that no file of a lock is left behind.
+
+    Raises:
+        BlockingIOError: if it is held already and ``wait`` is False.
+    """
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(directory, os.O_RDONLY)
     try:
-        yield beside
-        if not final.exists():
-            beside.replace(final)
-            return
-        for name in names:
-            if (beside / name).exists():
-                (beside / name).replace(final / name)
-            else:
-                (final / name).unlink(missing_ok=True)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError:
+            pass  # some network disks have no locks
+        yield
     finally:
-        rmtree(beside, ignore_errors=True)
+        os.close(handle)
+
+
+def _beside(final: Path) -> Path:
+    """A name that no other thread or process writes to."""
+    return final.with_name(f".{final.name}.{os.getpid()}-{get_ident()}.part")
+
+
+@contextmanager
+def _told(path: Path) -> Generator[None]:
+    """Say of an error of the system, or of a writer of files, which file could not be written."""
+    try:
+        yield
+    except EigenDamageError:
+        raise
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise FileError(
+            f"cannot write {path}: {reason}. What was there is as it was; free some space, or "
+            f"give a place that can be written to"
+        ) from error
 
 
 D = TypeVar("D", bound="Document")
@@ -88,11 +177,18 @@ class Document(Frozen):
         Raises:
             FileFormatError: if the file is not such a document, or of another version; the message
                 names the first field that does not fit.
-            FileNotFoundError: if there is no such file.
+            MissingFileError: if there is no such file.
+            FileError: if it cannot be read.
         """
         what = cls.__name__.lower()
         try:
-            raw = json.loads(Path(path).read_bytes())
+            content = Path(path).read_bytes()
+        except FileNotFoundError as error:
+            raise MissingFileError(f"there is no {what} at {path}; check the path") from error
+        except OSError as error:
+            raise FileError(f"cannot read the {what} at {path}: {error.strerror}") from error
+        try:
+            raw = json.loads(content)
             if not isinstance(raw, dict) or "version" not in raw:
                 raise FileFormatError(f"{path} is not a {what}: it says no version")
             return cls.model_validate_json(json.dumps(raw))

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from eigendamage import (
+    DataError,
     EigenDamageError,
     LayerError,
     MismatchError,
@@ -82,8 +83,9 @@ def test_leaves_no_trace_after_an_error() -> None:
         def __iter__(self) -> Iterator[Tensor]:
             return broken()
 
-    with pytest.raises(RuntimeError, match="disk"):
+    with pytest.raises(DataError, match="batch 1 with RuntimeError: the disk is gone") as told:
         estimate_curvature(model, Source(), progress=False)
+    assert isinstance(told.value.__cause__, RuntimeError)
     assert all(m.training for m in model.modules())
     assert all(p.requires_grad for p in model.parameters())
     assert not any(m._forward_hooks for m in model.modules())

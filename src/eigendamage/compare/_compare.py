@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from eigendamage.batches import Batches, Data
+from eigendamage.batches import Batches, Data, kept
 from eigendamage.calls import device_of
 from eigendamage.columns import fitted
 from eigendamage.compare._competitor import ALL, Competitor
@@ -94,8 +94,8 @@ def compare(
     _refuse_bad_options(competitors, budgets, epochs, train_data)
     # A generator is used up by the first row.
     data, eval_data = fitted(data, model), fitted(eval_data, model)
-    data = list(data) if isinstance(data, Iterator) else data
-    eval_data = list(eval_data) if isinstance(eval_data, Iterator) else eval_data
+    data = kept(data)
+    eval_data = kept(eval_data)
     folder = None if out is None else Path(out)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sized
 from itertools import islice
 from typing import Any
 
+from eigendamage.batches import kept
 from eigendamage.errors import DataError
 
 
@@ -21,7 +22,7 @@ class Dealt:
     """
 
     def __init__(self, data: Iterable[Any], parts: int) -> None:
-        self._data = list(data) if isinstance(data, Iterator) else data
+        self._data = kept(data)
         self._parts = parts
         self._passes = 0
         if not isinstance(self._data, Sized):

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
 
-from eigendamage.batches import Data, iterable_of
+from eigendamage.batches import Data, iterable_of, kept
 from eigendamage.columns import fitted
 from eigendamage.compress._call import call_in_words, with_command
 from eigendamage.compress._once import check, once
 from eigendamage.compress._result import Compressed, Options, noted
 from eigendamage.compress._rounds import RoundTraining, in_rounds
 from eigendamage.curvature import Curvature, EigenvalueKind, Fisher, Loss
-from eigendamage.distributed import one_fate
+from eigendamage.distributed import decided, one_fate
 from eigendamage.errors import EigenDamageError
+from eigendamage.files import alone_in
 from eigendamage.plan import (
     ACTIONS,
     ActionKind,
@@ -188,7 +191,7 @@ def compress(
         result = once(model, data, options, eval_data=eval_data, curvature=curvature)
         return noted(with_command(result, said))
     # One view of the data for all rounds: a generator is used up by the first.
-    data = list(data) if isinstance(data, Iterator) else data
+    data = kept(data)
     training = None
     if epochs:
         if finetuning is not None and finetuning.epochs not in (1, epochs):
@@ -200,16 +203,19 @@ def compress(
         source = iterable_of(data if train_data is None else train_data)
         length_of(source)
         training = RoundTraining(source, config)
-    result = in_rounds(
-        model,
-        data,
-        options,
-        rounds=rounds,
-        training=training,
-        eval_data=list(eval_data) if isinstance(eval_data, Iterator) else eval_data,
-        curvature=curvature,
-        directory=None if directory is None else Path(directory),
-    )
+    with ExitStack() as stack:
+        if directory is not None:
+            decided(partial(stack.enter_context, alone_in(Path(directory))))
+        result = in_rounds(
+            model,
+            data,
+            options,
+            rounds=rounds,
+            training=training,
+            eval_data=kept(eval_data),
+            curvature=curvature,
+            directory=None if directory is None else Path(directory),
+        )
     return noted(with_command(result, said))
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
 from torch import nn
 
-from eigendamage.batches import Data
+from eigendamage.batches import Data, kept
 from eigendamage.compress._prepare import Preparation, prepared, require_loss
 from eigendamage.compress._report import Versions, report_of
 from eigendamage.compress._result import Compressed, Options
@@ -51,7 +50,7 @@ def once(
 ) -> Compressed:
     """One round; ``before`` is what it comes after, None for the first."""
     auto = options.auto
-    eval_data = list(eval_data) if isinstance(eval_data, Iterator) else eval_data
+    eval_data = kept(eval_data)
     ready = prepared_for(model, data, options)
     settings = ready.settings
     ignored = options.ignore

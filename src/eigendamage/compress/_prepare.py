@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import nn
 
-from eigendamage.batches import Data
+from eigendamage.batches import Data, kept
 from eigendamage.calls import device_of
 from eigendamage.compress._search import Timing
 from eigendamage.compress._split import Parts, split
@@ -218,7 +218,7 @@ def prepared(
     repair = auto if repair is None else repair
     calibrate = (auto and predictive) if calibrate is None else calibrate
     # One view of the data for all stages: a generator is used up by the first.
-    data = list(data) if isinstance(data, Iterator) else data
+    data = kept(data)
     parts: Parts | None = None
     if repair or calibrate or polish or any(budget.loss is not None for budget in budgets):
         parts = split(data, device_of(model), max_examples)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Literal
 
 from torch import nn
 
-from eigendamage.batches import Data
+from eigendamage.batches import Data, kept
 from eigendamage.calls import device_of
 from eigendamage.columns import fitted
 from eigendamage.compress._once import with_statistics_anew
@@ -110,7 +110,7 @@ def sweep(
         rank_by=None,
     )
     data, eval_data = fitted(data, model), fitted(eval_data, model)
-    eval_data = list(eval_data) if isinstance(eval_data, Iterator) else eval_data
+    eval_data = kept(eval_data)
     ready = prepared(
         model,
         data,

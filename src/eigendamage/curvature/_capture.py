@@ -205,7 +205,9 @@ class _LayoutProbe:
                 f"(batch of {batch.size})"
             )
             return
-        if bool((rows[1:] != 0).any()):
+        others = rows[1:]
+        # NaN tells nothing apart; the passes over the data refuse it by the layer's name.
+        if bool((torch.isfinite(others) & (others != 0)).any()):
             self.reasons[layer.name] = (
                 f"its output of shape {tuple(g.shape)} mixes the examples of a batch, "
                 f"or has the batch on another axis than the first"

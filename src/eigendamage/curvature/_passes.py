@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from eigendamage.batches import Batch, Batches
-from eigendamage.calls import call
+from eigendamage.calls import call, require_finite
 from eigendamage.curvature._capture import Capture, Sink, undisturbed
 from eigendamage.curvature._factors import Eigenbasis
-from eigendamage.curvature._head import Fisher, Head, Seed
+from eigendamage.curvature._head import Fisher, Head, PredictiveHead, Seed
 from eigendamage.curvature._layer import LayerCurvature, factor_bases
 from eigendamage.curvature._patches import advance
 from eigendamage.curvature._sinks import EigenvalueSink, FactorSink, GradientSink, PatchWish
@@ -72,6 +72,8 @@ class Passes:
                 if mine is not None:
                     capture.expect(mine)
                 output = None if mine is None else call(self._model, mine)
+                if mine is not None and isinstance(self._head, PredictiveHead):
+                    require_finite(self._model, mine, self._head.starts(output))
                 with self._own_turn(random, mine, output):
                     for seed in self._seeds(random, mine, output):
                         capture.backward(seed)

@@ -17,7 +17,7 @@ from torch import Tensor
 from eigendamage.curvature._curvature import Curvature, Extra
 from eigendamage.curvature._head import Fisher
 from eigendamage.curvature._layer import EigenvalueKind, LayerCurvature
-from eigendamage.errors import FileFormatError
+from eigendamage.errors import FileFormatError, MissingFileError
 from eigendamage.files import written_beside
 from eigendamage.layers import ChannelGraph, LayerShape
 
@@ -106,10 +106,10 @@ def load_curvature(path: str | Path, device: str = "cpu") -> Curvature:
     Raises:
         FileFormatError: if the file is not a curvature, of a later version, cut short, or if its
             tensors do not have the shapes that its header says.
-        FileNotFoundError: if there is no such file.
+        MissingFileError: if there is no such file.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"no curvature file at {path}")
+        raise MissingFileError(f"no curvature file at {path}")
     try:
         with safe_open(str(path), framework="pt", device=device) as file:
             header = _read_header(path, file.metadata())

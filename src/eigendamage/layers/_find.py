@@ -96,6 +96,14 @@ class Layer:
         into = stages[0].T if both or form == "merge_out" else None
         return _orthonormal(out, self.outputs), _orthonormal(into, self.inputs)
 
+    @property
+    def channels_last(self) -> bool:
+        """Whether its weights lie in memory as torch.channels_last has them.
+
+        Asked of the parameters: the product of a factored layer's stages lies as it came out.
+        """
+        return any(p.ndim == 4 and not p.is_contiguous() for p in self.module.parameters())
+
     def dense_weight(self) -> Tensor:
         """The weight as the module has it; the product of its stages if it is factored."""
         weight = self.module.weight

@@ -13,7 +13,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from eigendamage.batches import Batch, Batches, Data
-from eigendamage.calls import call, device_of, logits_of
+from eigendamage.calls import call, device_of, logits_of, require_finite
 from eigendamage.curvature import (
     CrossEntropy,
     Head,
@@ -22,7 +22,6 @@ from eigendamage.curvature import (
     head_of,
     preserved_random_state,
 )
-from eigendamage.errors import NonFiniteError
 from eigendamage.layers import evaluating
 from eigendamage.progress import track
 
@@ -127,6 +126,7 @@ def evaluate_together(
             reference: Any = None
             for model, tally in zip(models, tallies, strict=True):
                 output = call(model, batch)
+                require_finite(model, batch, head.starts(output))
                 tally.add(output, batch, reference)
                 reference = output if reference is None else reference
     return [tally.result() for tally in tallies]
@@ -144,10 +144,6 @@ class _Tally:
         self._compared = False
 
     def add(self, output: Any, batch: Batch, reference: Any) -> None:
-        if not all(bool(torch.isfinite(t).all()) for t in self._head.starts(output)):
-            raise NonFiniteError(
-                "the model's output holds NaN or infinite values although its input is finite"
-            )
         self._examples += batch.size
         self._labelled = self._labelled and self._head.has_target(batch)
         if self._labelled:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import fields
 from fnmatch import fnmatchcase
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from eigendamage.curvature import Curvature
-from eigendamage.errors import EigenDamageError, MismatchError
+from eigendamage.curvature import Curvature, LayerCurvature
+from eigendamage.errors import EigenDamageError, MismatchError, NonFiniteError
 from eigendamage.layers import ON_REQUEST, Layer, find_layers
+
+_ROUNDED = 1e-3  # as a file's bases may be off
 
 
 def matching_layers(model: nn.Module, curvature: Curvature) -> dict[str, Layer]:
@@ -17,6 +21,7 @@ def matching_layers(model: nn.Module, curvature: Curvature) -> dict[str, Layer]:
 
     Raises:
         MismatchError: if one is missing or has another shape.
+        NonFiniteError: if the curvature of one is not finite, or its bases are none.
     """
     found = find_layers(model)
     layers: dict[str, Layer] = {}
@@ -31,8 +36,26 @@ def matching_layers(model: nn.Module, curvature: Curvature) -> dict[str, Layer]:
                 f"layer '{name}' has a weight of shape {shape} (o, i, K), the curvature is for "
                 f"{tuple(expected)}"
             )
+        _require_numbers(name, known)
         layers[name] = layer
     return layers
+
+
+def _require_numbers(name: str, known: LayerCurvature) -> None:
+    """A curvature that was estimated or loaded is sound; one that was made by hand may not be."""
+    for field in fields(known):
+        value = getattr(known, field.name)
+        if not isinstance(value, Tensor):
+            continue
+        # No entry of an orthonormal matrix is above 1; that its columns are would take a product.
+        if bool(torch.isfinite(value).all()) and not (
+            field.name in ("Q_S", "Q_A") and bool((value.abs() > 1 + _ROUNDED).any())
+        ):
+            continue
+        raise NonFiniteError(
+            f"layer '{name}': '{field.name}' of the curvature holds NaN or infinite values, or is "
+            f"no orthonormal basis; estimate the curvature again"
+        )
 
 
 def ignored_layers(curvature: Curvature, ignore: Iterable[str]) -> dict[str, str]:

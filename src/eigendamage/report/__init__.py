@@ -2,12 +2,12 @@
 
 from eigendamage.report._comparison import Comparison, Row, Settings
 from eigendamage.report._comparison_views import plot_comparison, print_comparison, ranked
+from eigendamage.report._environment import Environment
 from eigendamage.report._measured import Measured
 from eigendamage.report._page import report_page, write_page
 from eigendamage.report._plan import PlanReport, print_plan
 from eigendamage.report._report import (
     Calibration,
-    Environment,
     LayerReport,
     Report,
     calibration_by_layer,

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Literal
 
 from eigendamage.files import Document, Frozen
+from eigendamage.report._environment import Environment
 from eigendamage.report._measured import Measured
-from eigendamage.report._report import Environment
 
 COMPARISON_VERSION = 1
 

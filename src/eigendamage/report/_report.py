@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Mapping
 from typing import Literal
 
-import torch
-
-from eigendamage._version import __version__
 from eigendamage.curvature import CalibrationRow
 from eigendamage.files import Document, Frozen
 from eigendamage.layers import DenseForm
@@ -24,6 +20,7 @@ from eigendamage.plan import (
     Plan,
     Repair,
 )
+from eigendamage.report._environment import Environment
 from eigendamage.report._measured import Measured
 from eigendamage.report._spectra import Spectra
 from eigendamage.report._training import RoundReport, TrainingReport
@@ -58,31 +55,6 @@ class Calibration(Frozen):
     exact: float
     kfac: float
     ekfac: float
-
-
-class Environment(Frozen):
-    """What the numbers depend on beside the model and the data."""
-
-    eigendamage: str
-    torch: str
-    python: str
-    platform: str
-    device: str
-    threads: int
-    seed: int
-
-    @classmethod
-    def here(cls, device: torch.device, seed: int) -> Environment:
-        """This process."""
-        return cls(
-            eigendamage=__version__,
-            torch=torch.__version__,
-            python=platform.python_version(),
-            platform=f"{platform.system()} {platform.machine()}",
-            device=str(device),
-            threads=torch.get_num_threads(),
-            seed=seed,
-        )
 
 
 _FORM_WORDS: dict[DenseForm, str] = {

@@ -10,7 +10,7 @@ from typing import Protocol, TypeVar, runtime_checkable
 import torch
 from torch import nn
 
-from eigendamage.errors import EigenDamageError, MismatchError
+from eigendamage.errors import EigenDamageError, MismatchError, MissingFileError
 from eigendamage.files import Document, written_together
 from eigendamage.layers import saved_tensors
 from eigendamage.plan import Plan
@@ -70,7 +70,7 @@ def save(what: nn.Module | Result, directory: str | Path) -> None:
         EigenDamageError: if the model has state that is no tensor, or a tensor of a kind that
             safetensors does not know.
         LayerError: if a stage of a factored layer is no plain layer any more.
-        NotADirectoryError: if there is a file of that name.
+        NotAFolderError: if there is a file of that name.
     """
     if isinstance(what, nn.Module):
         # A compiled model wraps the one that it was made of, and shares its tensors.
@@ -112,7 +112,7 @@ def load(
             with both shapes.
         FileFormatError: if the structure or the weights are damaged, of another version, or do not
             fit one another.
-        FileNotFoundError: if one of the two is missing.
+        MissingFileError: if one of the two is missing.
 
     Warns:
         UserWarning: if the plan or the report cannot be read. The model is loaded without it.
@@ -120,7 +120,7 @@ def load(
     folder = Path(directory)
     structure = Structure.load(folder / STRUCTURE)
     if not (folder / WEIGHTS).is_file():
-        raise FileNotFoundError(f"there is no {WEIGHTS} in {folder}")
+        raise MissingFileError(f"there is no {WEIGHTS} in {folder}")
     made, faults = _made(folder)
     for fault in faults:
         warnings.warn(

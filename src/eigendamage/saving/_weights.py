@@ -23,6 +23,7 @@ def write_weights(model: nn.Module, ties: Mapping[str, str], path: Path) -> None
 
     Raises:
         EigenDamageError: if a tensor is of a kind that safetensors does not know.
+        SafetensorError: if the file cannot be written.
     """
     tensors: dict[str, Tensor] = {}
     storages: set[int] = set()
@@ -35,7 +36,7 @@ def write_weights(model: nn.Module, ties: Mapping[str, str], path: Path) -> None
             storages.add(at)
     try:
         save_file(tensors, path, metadata={"format": "pt"})
-    except (SafetensorError, KeyError, ValueError) as error:
+    except (KeyError, ValueError) as error:
         raise EigenDamageError(f"the weights cannot be saved as safetensors: {error}") from error
 
 

@@ -127,8 +127,8 @@ def factored_module(
                 new.bias.copy_(stage_bias)
         modules.append(new)
     factored = (FactoredLinear if layer.geometry is None else FactoredConv2d)(*modules)
-    if layer.geometry is not None and not weight.is_contiguous():
-        for parameter in factored.parameters():  # the layer was in channels_last
+    if layer.channels_last:
+        for parameter in factored.parameters():
             if parameter.ndim == 4:
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
     for name, parameter in factored.named_parameters():

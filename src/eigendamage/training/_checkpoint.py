@@ -13,7 +13,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from eigendamage.errors import FileFormatError, MismatchError
+from eigendamage.errors import FileFormatError, MismatchError, MissingFileError
 from eigendamage.files import written_beside
 
 _VERSION = 1
@@ -34,7 +34,7 @@ class Checkpoint:
     ) -> None:
         self._path = Path(path)
         if not self._path.parent.is_dir():
-            raise FileNotFoundError(
+            raise MissingFileError(
                 f"cannot write {self._path}: the folder {self._path.parent} does not exist"
             )
         self._identity = {name: str(value) for name, value in identity.items()}
@@ -86,7 +86,10 @@ class Checkpoint:
         if not self._writing:
             return
         with written_beside(self._path) as beside:
-            torch.save({"version": _VERSION, "identity": self._identity, **state}, beside)
+            try:
+                torch.save({"version": _VERSION, "identity": self._identity, **state}, beside)
+            except RuntimeError as error:  # as torch says that the disk is full
+                raise OSError((str(error).splitlines() or [""])[0]) from error
 
 
 def random_state() -> dict[str, Any]:

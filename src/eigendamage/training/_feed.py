@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler, Subset
 
-from eigendamage.batches import Batch, as_batch, iterable_of
+from eigendamage.batches import Batch, as_batch, iterable_of, numbered
 from eigendamage.errors import DataError
 
 
@@ -78,7 +78,7 @@ class LoaderFeed:
                 announce(epoch)
         with _seeded([g for part in _parts(self._data) if (g := _generator(part))], seed):
             mine = islice(self._data, self._rank, len(self) * self._processes, self._processes)
-            for index, raw in enumerate(mine):
+            for index, raw in numbered(mine):
                 yield as_batch(raw, index, self._device)
 
 

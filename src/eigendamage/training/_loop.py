@@ -23,6 +23,7 @@ from eigendamage.progress import track
 from eigendamage.training._checkpoint import Checkpoint, random_state, restore_random_state
 from eigendamage.training._config import FinetuneConfig
 from eigendamage.training._feed import Feed
+from eigendamage.training._layout import narrow_shortcuts_in_rows
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def train(
     Raises:
         NonFiniteError: if the loss, a weight or a score becomes NaN or infinite.
     """
-    with _accelerator(config, device) as accelerator:
+    with narrow_shortcuts_in_rows(model), _accelerator(config, device) as accelerator:
         run = _Run(model, feed, objective, config, accelerator, score, checkpoint, least)
         if processes > 1:
             run.share_out()

@@ -18,6 +18,8 @@ from eigendamage.zoo._limits import refuse_too_many_bytes
 from eigendamage.zoo._sources import ImageFile
 
 _FORMATS = ("JPEG", "PNG", "BMP", "PPM", "WEBP", "TIFF")
+# The second is a warning, and an error only where warnings are.
+_BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 _MOST_PIXELS = 64_000_000
 _MOST_THREADS = 8
 
@@ -66,7 +68,7 @@ def _decode_one(file: ImageFile, resize: tuple[int, int] | None) -> np.ndarray:
             opaque = image.convert("RGBA") if image.has_transparency_data else image
             rgb = opaque.convert("RGB")
     # A broken PNG is a SyntaxError to Pillow.
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, *_BOMBS) as error:
         raise DataError(f"'{file.name}' cannot be read as an image ({error}); remove it") from error
     if resize is not None:
         rgb = rgb.resize((resize[1], resize[0]), Image.Resampling.BILINEAR)
