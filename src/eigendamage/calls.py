@@ -6,13 +6,14 @@ import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
+from traceback import walk_tb
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from eigendamage.batches import Batch, tensors_in
-from eigendamage.errors import DataError, LossError, NonFiniteError
+from eigendamage.errors import DataError, LayerError, LossError, NonFiniteError
 
 
 def call(model: nn.Module, batch: Batch) -> Any:
@@ -134,6 +135,21 @@ def _origin(model: nn.Module, batch: Batch) -> str:
 
 def _finite(item: object) -> bool:
     return all(bool(torch.isfinite(t).all()) for t in tensors_in(item) if t.is_floating_point())
+
+
+def cannot_run(model: nn.Module, batch: Batch, error: RuntimeError) -> LayerError:
+    """What to say of a forward pass that failed, by the layer that it was in."""
+    names = {id(module): name for name, module in model.named_modules()}
+    inside = [frame.f_locals.get("self") for frame, _ in walk_tb(error.__traceback__)]
+    name = next((names[id(m)] for m in reversed(inside) if id(m) in names), "")
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return LayerError(
+        name,
+        f"it fails on a batch of {batch.size} examples: {reason}. A layer that runs for some "
+        f"batches only (by their size, say) may not have run on the first, where channels are "
+        f"looked for, and those that it reads may be gone: give batches of one size, or the data "
+        f"so that such a layer runs on the first",
+    )
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 import eigendamage as ed
 from eigendamage import cli, progress
 from eigendamage.cli._exits import EPILOG, Exit, exit_of
+from eigendamage.cli._sources import load_data
 
 runner = CliRunner()
 _GIVEN = ("--model", "m", "--data", "d", "--out", "o")
@@ -159,6 +160,7 @@ def fine():
             r"half:net: importing 'half' raised SyntaxError: invalid syntax \(half\.py, line 1\)$",
         ),
         ("none:net", "faulty:pair", r"none:net: .*no module 'none'"),
+        ("leaving:net", "faulty:pair", r"importing 'leaving' raised SystemExit: 7"),
     ],
 )
 def test_what_a_callable_of_the_user_raises_is_his_own(
@@ -171,15 +173,29 @@ def test_what_a_callable_of_the_user_raises_is_his_own(
 ) -> None:
     (tmp_path / "faulty.py").write_text(_FAULTY)
     (tmp_path / "half.py").write_text("def net(:")
+    (tmp_path / "leaving.py").write_text("import sys\nsys.exit(7)\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    for name in ("faulty", "half"):
+    for name in ("faulty", "half", "leaving"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     given = ("--model", model, "--data", data, "--out", "o", "--macs", "0.5")
     code, _, err = _main(monkeypatch, capsys, "compress", *given)
     assert code == Exit.INPUT
     assert re.search(words, err)
     assert "Traceback" not in err
+
+
+def test_of_data_without_an_end_the_first_examples_are_taken(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "endless.py").write_text(
+        "import torch\n\ndef batches():\n    while True:\n        yield torch.zeros(20, 3, 4, 4)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "endless", raising=False)
+    found = load_data("endless:batches", examples=50, batch_size=8, seed=0, test_examples=None)
+    assert [len(batch) for batch in found.data] == [20, 20, 20]
 
 
 def test_progress_is_a_plain_line_where_there_is_no_terminal(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -99,6 +100,28 @@ def test_what_a_configuration_names_has_to_be_a_model_of_transformers(
     config = transformers.BertConfig(architectures=[name])
     config.save_pretrained(tmp_path)
     with pytest.raises(ed.FileFormatError, match=f"names '{name}', which is no model .*callable"):
+        ed.get_model(f"hf:{tmp_path}")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("hidden_size", "abc"), ("num_attention_heads", 0), ("architectures", ["BertModel"])],
+)
+def test_a_configuration_that_makes_no_model_is_refused(
+    field: str, value: object, tmp_path: Path
+) -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    config = transformers.LlamaConfig(
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        vocab_size=8,
+        architectures=["LlamaForCausalLM"],
+    )
+    said = {**config.to_dict(), field: value}
+    (tmp_path / "config.json").write_text(json.dumps(said))
+    with pytest.raises(ed.FileFormatError):
         ed.get_model(f"hf:{tmp_path}")
 
 

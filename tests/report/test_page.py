@@ -256,6 +256,7 @@ def test_the_methods_of_a_comparison_are_named_beside_their_lines() -> None:
         measured_examples=9, rows=rows, environment=Environment.here(torch.device("cpu"), 0),
     )  # fmt: skip
     text = ed.report_page(_report(), comparison=comparison)
+    assert "Methods of the comparison are" in text
     page = _Page(text)
     drawn = [words.replace("\N{NO-BREAK SPACE}", " ") for words in page.within("text")]
     assert [w for w in drawn if w.startswith(("kron-obs", "random", "<script"))] == [

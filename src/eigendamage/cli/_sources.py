@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import nn
 
 from eigendamage import zoo
-from eigendamage.batches import Data
+from eigendamage.batches import Data, as_batch
 from eigendamage.distributed import rank
-from eigendamage.errors import DataError
-from eigendamage.integrations.names import get_model, has_random_weights, result_of
+from eigendamage.errors import DataError, EigenDamageError
+from eigendamage.integrations.names import get_model, has_random_weights, raised, result_of
 
 _HELD_OUT = 0.1
 _BUNDLED = "zoo:fashion-mnist"
@@ -100,6 +101,8 @@ def load_data(
         if isinstance(made, tuple) and len(cast("tuple[Any, ...]", made)) == 2:
             data, eval_data = cast("tuple[Any, Any]", made)
             where = "the second part that the callable returned"
+        most = max(examples or 0, 0 if training is None else training.examples or 0)
+        data, eval_data = _first(source, data, most), _first(source, eval_data, test_examples or 0)
         return Images(data, eval_data, where, None if training is None else data)
     most = examples if training is None else training.examples
     if source == _BUNDLED:
@@ -117,6 +120,25 @@ def load_data(
         if training is None
         else train.batches(batch_size, shuffle_seed=seed, augment=training.augment),
     )
+
+
+def _first(source: str, data: Any, most: int) -> Any:
+    """Of an iterator, which may have no end, the batches of the first examples; 0 for all."""
+    if not isinstance(data, Iterator):
+        return data
+    found: list[Any] = []
+    seen = 0
+    try:
+        for index, raw in enumerate(cast("Iterator[Any]", data)):
+            found.append(raw)
+            seen += as_batch(raw, index, torch.device("cpu")).size
+            if seen >= most > 0:
+                break
+    except EigenDamageError:
+        raise
+    except Exception as error:
+        raise DataError(f"{source} was gone through and raised {raised(error)}") from error
+    return found
 
 
 def _read(

@@ -73,9 +73,15 @@ def from_pretrained(
     structure = _structure(folder / "config.json")
     transformers = required("transformers", "huggingface")
     source = transformers.AutoConfig if cls is None else cls.config_class
-    config = source.from_pretrained(folder)
-    delattr(config, _KEY)
-    fresh = (_class(transformers, config) if cls is None else cls)(config)
+    try:
+        config = source.from_pretrained(folder)
+        delattr(config, _KEY)
+        fresh = (_class(transformers, config) if cls is None else cls)(config)
+    except EigenDamageError:
+        raise
+    except Exception as error:  # of whatever kind: transformers checks little of what it reads
+        said = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise FileFormatError(f"{folder}: its config.json makes no model: {said}") from error
     if _was_plain(fresh, structure):
         fresh = plain_linears(fresh)
     model = restore(fresh, structure, _weights(folder), device=device)
@@ -121,6 +127,12 @@ def model_class(transformers: Any, config: Any) -> type[Any]:
         raise FileFormatError(
             f"the configuration names '{name}', which is no model of transformers (no subclass of "
             f"PreTrainedModel)"
+        )
+    wanted = found.config_class
+    if isinstance(wanted, type) and not isinstance(config, wanted):
+        raise FileFormatError(
+            f"the configuration names '{name}', which is made of a {wanted.__name__}, but is a "
+            f"{type(config).__name__}"
         )
     return cast("type[Any]", found)
 

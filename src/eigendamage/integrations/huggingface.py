@@ -51,7 +51,7 @@ def pretrained_model(path: str) -> nn.Module:
     transformers: Any = required("transformers", "huggingface")
     try:
         config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of whatever kind: transformers checks little of what it reads
         raise FileFormatError(f"hf:{path} cannot be read: {_first_line(error)}") from error
     try:
         kind = model_class(transformers, config)
@@ -63,7 +63,7 @@ def pretrained_model(path: str) -> nn.Module:
         model, loaded = kind.from_pretrained(
             path, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:
         raise FileFormatError(
             f"hf:{path} cannot be read as {kind.__name__} from safetensors: {_first_line(error)}"
         ) from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from traceback import extract_tb
 from typing import Any, cast
@@ -104,9 +104,9 @@ def callable_named(name: str) -> Callable[[], Any]:
             f"{name}: there is no module '{error.name}' here; run the command in its folder or "
             f"install it"
         ) from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise EigenDamageError(
-            f"{name}: importing '{module_name}' raised {_raised(error)}"
+            f"{name}: importing '{module_name}' raised {raised(error)}"
         ) from error
     try:
         found = getattr(module, attribute)
@@ -118,28 +118,21 @@ def callable_named(name: str) -> Callable[[], Any]:
 
 
 def result_of(name: str) -> Any:
-    """What the callable ``module:callable`` returns; of an iterator all that it gives, as a list.
+    """What the callable ``module:callable`` returns.
 
     Raises:
         EigenDamageError: as `callable_named` does, and if the callable raises, with its message.
     """
     function = callable_named(name)
     try:
-        made = function()
-        if isinstance(made, tuple):
-            return tuple(map(_gone_through, cast("tuple[Any, ...]", made)))
-        return _gone_through(made)
+        return function()
     except EigenDamageError:
         raise
-    except Exception as error:
-        raise EigenDamageError(f"{name} was called and raised {_raised(error)}") from error
+    except (Exception, SystemExit) as error:
+        raise EigenDamageError(f"{name} was called and raised {raised(error)}") from error
 
 
-def _gone_through(made: Any) -> Any:
-    return list(cast("Iterator[Any]", made)) if isinstance(made, Iterator) else made
-
-
-def _raised(error: Exception) -> str:
+def raised(error: Exception | SystemExit) -> str:
     """An error of somebody else's code in one line, with the line of it that led there."""
     said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     # Not where a library noticed it: that is seldom where it can be mended.

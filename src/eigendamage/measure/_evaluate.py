@@ -13,7 +13,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from eigendamage.batches import Batch, Batches, Data
-from eigendamage.calls import call, device_of, logits_of, require_finite
+from eigendamage.calls import call, cannot_run, device_of, logits_of, require_finite
 from eigendamage.curvature import (
     CrossEntropy,
     Head,
@@ -89,6 +89,7 @@ def evaluate(
     Raises:
         DataError: if there is no example.
         NonFiniteError: if an input or the model's output holds a NaN or an infinity.
+        LayerError: if the model fails on a batch.
     """
     models = [model] if reference is None else [reference, model]
     return evaluate_together(
@@ -125,11 +126,20 @@ def evaluate_together(
         for batch in track(batches, "measuring", total=len(batches) or None, enabled=progress):
             reference: Any = None
             for model, tally in zip(models, tallies, strict=True):
-                output = call(model, batch)
+                output = _output(model, batch)
                 require_finite(model, batch, head.starts(output))
                 tally.add(output, batch, reference)
                 reference = output if reference is None else reference
     return [tally.result() for tally in tallies]
+
+
+def _output(model: nn.Module, batch: Batch) -> Any:
+    try:
+        return call(model, batch)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise cannot_run(model, batch, error) from error
 
 
 class _Tally:

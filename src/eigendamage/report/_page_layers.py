@@ -77,7 +77,7 @@ def _table(report: Report) -> Html:
     found = report.layers
     alone = {} if report.truth is None else report.truth.layers
     most = max((layer.macs[0] for layer in found.values()), default=0.0) or 1.0
-    dearest = max((_priced(layer) or 0.0 for layer in found.values()), default=0.0) or 1.0
+    dearest = max((layer.price or 0.0 for layer in found.values()), default=0.0) or 1.0
     columns: list[tuple[str, str, list[Html | None]]] = [
         ("what is done", "words", [_action(layer) for layer in found.values()]),
         ("ranks", "figure", [_ranks(layer) for layer in found.values()]),
@@ -146,7 +146,7 @@ def _ranks(layer: LayerReport) -> Html | None:
 def _price(layer: LayerReport, dearest: float) -> Html | None:
     if layer.price is None:
         return None
-    bar = _bar((0.0, _priced(layer) or 0.0), dearest, _style(layer))
+    bar = _bar((0.0, layer.price), dearest, _style(layer))
     return join(bar, tag("b", short(layer.price)))
 
 

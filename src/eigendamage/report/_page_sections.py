@@ -70,6 +70,10 @@ def against_macs(report: Report, sweep: Sweep | None, comparison: Comparison | N
         reading += (
             " Small marks on lines are other budgets or methods, each named at its smallest model."
         )
+    if comparison is not None:
+        epochs, where = comparison.settings.epochs, comparison.settings.measured_on
+        trained = f"after {epochs} epochs of training" if epochs else "without training"
+        reading += f" Methods of the comparison are {trained}, measured on {where}."
     return section(
         "against-macs",
         f"{what.capitalize()} against MACs",

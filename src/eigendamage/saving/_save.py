@@ -124,8 +124,8 @@ def load(
     made, faults = _made(folder)
     for fault in faults:
         warnings.warn(
-            f"{fault}. The model is whole without it, and is loaded as one that does not know it; "
-            f"save it anew, or take the file away",
+            f"{fault}. The model is whole without it, and is loaded as one that knows neither its "
+            f"plan nor its report; save it to another folder, as files here would be replaced",
             stacklevel=2,
         )
     loaded = restore(model, structure, [folder / WEIGHTS], device=device)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
-from traceback import walk_tb
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from eigendamage.batches import Batch
-from eigendamage.calls import call, device_of
+from eigendamage.calls import call, cannot_run, device_of
 from eigendamage.errors import LayerError
 from eigendamage.layers import LayerTrace, Trace, evaluating, preserved_random_state
 from eigendamage.surgery._passes import Passed, Run, Twins, end_all, keep, until, wait, watched
@@ -167,24 +166,9 @@ def _forward(
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            raise _cannot_run(model, batch, error) from error
+            raise cannot_run(model, batch, error) from error
 
     return forward
-
-
-def _cannot_run(model: nn.Module, batch: Batch, error: RuntimeError) -> LayerError:
-    """A forward pass that failed though it went well on the first batch, by the layer it was in."""
-    names = {id(module): name for name, module in model.named_modules()}
-    inside = [frame.f_locals.get("self") for frame, _ in walk_tb(error.__traceback__)]
-    name = next((names[id(m)] for m in reversed(inside) if id(m) in names), "")
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
-    return LayerError(
-        name,
-        f"it fails on a batch of {batch.size} examples: {reason}. On the first batch the network "
-        f"ran; a layer that runs for some batches only (by their size, say) was not seen there, "
-        f"and channels that it reads may be gone. Give batches of one size, or the data so that "
-        f"such a layer runs on the first",
-    )
 
 
 def _surroundings(device: torch.device) -> Callable[[], AbstractContextManager[None]]:
