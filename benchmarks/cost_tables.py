@@ -85,6 +85,31 @@ def simulated(results: Results, table: Table) -> str:
     )
 
 
+def sentence_encoder(results: Results, table: Table) -> str:
+    """How alike the embeddings of a smaller encoder stay."""
+    rows = [
+        [
+            f"{100 * row['size']:g} %",
+            row["method"],
+            f"{100 * row['left']:.1f} %",
+            f"{row['cosine']:.3f}",
+            f"{100 * row['neighbours']:.1f} %",
+            f"{row['seconds']:.0f} s",
+        ]
+        for row in results["rows"]
+    ]
+    header = ("layers left", "method", "exactly", "cosine", "neighbours kept", "took")
+    first = results["rows"][0]
+    return (
+        f"{table(header, rows, words=2)}\n\n{first['sentences']} sentences of the held-out text: "
+        f"the mean cosine of each one's embedding with the original's, and how many of its ten "
+        f"nearest are the same. One curvature for all took {first['curvature_seconds']:.0f} s. "
+        f"`{results['command']}`, seed {first['seed']}; {first['machine']['cores']} cores, "
+        f"{first['machine']['threads']} threads, busy with other work; torch "
+        f"{first['versions']['torch']}, eigendamage {first['versions']['eigendamage']}."
+    )
+
+
 def latency_peers(results: Results, table: Table) -> str:
     """Of every network: accuracy, and time relative to the original in each way of running."""
     parts: list[str] = []

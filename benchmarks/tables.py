@@ -579,6 +579,10 @@ TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "peers-untrained": ("peers.json", lambda results: peers_tables.render(results, 0, table)),
     "peers-trained": ("peers.json", lambda results: peers_tables.render(results, 2, table)),
     "score-cost": ("score_cost.json", lambda results: cost_tables.score_cost(results, table)),
+    "sentence-encoder": (
+        "sentence_encoder.json",
+        lambda results: cost_tables.sentence_encoder(results, table),
+    ),
     "latency-peers": (
         "latency_peers.json",
         lambda results: cost_tables.latency_peers(results, table),

@@ -144,7 +144,7 @@ def cannot_run(model: nn.Module, batch: Batch, error: RuntimeError) -> LayerErro
     name = next((names[id(m)] for m in reversed(inside) if id(m) in names), "")
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     return LayerError(
-        name,
+        name or type(model).__name__,
         f"it fails on a batch of {batch.size} examples: {reason}. A layer that runs for some "
         f"batches only (by their size, say) may not have run on the first, where channels are "
         f"looked for, and those that it reads may be gone: give batches of one size, or the data "

@@ -65,7 +65,7 @@ class SpoiltFiles:
         self.readers: dict[Path, Callable[[], object]] = {
             saved / "model.safetensors": load,
             saved / "structure.json": load,
-            saved / "report.json": load,
+            saved / "report.json": lambda: ed.Report.load(saved / "report.json"),
             plan: lambda: ed.apply_plan(network(), ed.Plan.load(plan), result.curvature),
             curvature: lambda: _planned(ed.load_curvature(curvature)),
             weights: lambda: ed.zoo.load_weights(network(), weights),

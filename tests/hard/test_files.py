@@ -246,7 +246,7 @@ def test_hostile_tensors_are_refused(what: str, small: ed.Compressed, tmp_path: 
 
 
 @pytest.mark.parametrize("cut", [0.0, 0.3, 0.9, 0.999])
-def test_a_file_cut_short_is_refused_wherever_it_is_cut(
+def test_a_file_cut_short_is_told_wherever_it_is_cut(
     cut: float, small: ed.Compressed, tmp_path: Path
 ) -> None:
     ed.save(small, tmp_path / "x")
@@ -254,10 +254,14 @@ def test_a_file_cut_short_is_refused_wherever_it_is_cut(
     whole = {p: p.read_bytes() for p in (tmp_path / "x").iterdir() if p.suffix != ".html"}
     for path, content in whole.items():
         path.write_bytes(content.rstrip()[: int(cut * len(content.rstrip()))])
-        with pytest.raises(ed.FileFormatError, match=path.name):
-            ed.load_curvature(path) if "curvature" in path.name else ed.load(
-                network(), tmp_path / "x"
-            )
+        if path.name in ("plan.json", "report.json"):  # the model is whole without them
+            with pytest.warns(UserWarning, match=path.name):
+                ed.load(network(), tmp_path / "x")
+        else:
+            with pytest.raises(ed.FileFormatError, match=path.name):
+                ed.load_curvature(path) if "curvature" in path.name else ed.load(
+                    network(), tmp_path / "x"
+                )
         path.write_bytes(content)
     assert load_file(tmp_path / "x" / "model.safetensors")
 

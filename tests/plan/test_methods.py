@@ -69,9 +69,22 @@ def _budget(method: str) -> ed.Budget:
 
 
 def _plan(method: str, variant: str | None = None, **options: object) -> ed.Plan:
+    if not options:
+        return _usual_plan(method, variant)
     model, _, curvature = _wide()
     options = {"budget": _budget(method), **options}
     return ed.make_plan(model, curvature, method=method, variant=variant, **options)
+
+
+@functools.cache
+def _usual_plan(method: str, variant: str | None) -> ed.Plan:
+    return _plan(method, variant, budget=_budget(method))
+
+
+def _costly(method: str, unit: str) -> list[pytest.MarkDecorator]:
+    """The slow methods are counted by one unit; by the others it takes as long again."""
+    again = method in ("auto", "eigendamage-dw") and unit != "macs"
+    return [pytest.mark.slow] if again else []
 
 
 def _same_weights(one: nn.Module, other: nn.Module) -> bool:
@@ -81,7 +94,12 @@ def _same_weights(one: nn.Module, other: nn.Module) -> bool:
 
 @pytest.mark.parametrize(
     ("method", "variant", "unit"),
-    [(*way, unit) for way in WAYS for unit in ("macs", "params", "ratio") if _takes(way[0], unit)],
+    [
+        pytest.param(*way, unit, marks=_costly(way[0], unit))
+        for way in WAYS
+        for unit in ("macs", "params", "ratio")
+        if _takes(way[0], unit)
+    ],
 )
 def test_the_plan_says_what_the_applied_model_costs(
     method: str, variant: str | None, unit: str

@@ -293,7 +293,7 @@ def _train(model: nn.Module, x: Tensor, y: Tensor) -> None:
     ("dtype", "tolerance", "form"),
     [
         (torch.float64, 1e-10, "cheapest"),
-        (torch.float64, 1e-10, "three"),
+        pytest.param(torch.float64, 1e-10, "three", marks=pytest.mark.slow),
         (torch.float32, 1e-5, "cheapest"),
     ],
 )

@@ -306,7 +306,7 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(
     torch.manual_seed(99)  # what a caller drew before must not matter
     model, file = network(), tmp_path / "state.pt"
     torch.manual_seed(100)
-    with pytest.raises(StoppedError):
+    with pytest.raises(ed.DataError, match="StoppedError"):
         ed.finetune(
             model,
             Breaks(data(), epoch, batch),

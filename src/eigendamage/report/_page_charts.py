@@ -15,6 +15,7 @@ _WIDTH, _HEIGHT = 440.0, 330.0
 _LEFT, _RIGHT, _TOP, _BOTTOM = 56.0, 418.0, 36.0, 284.0
 _LEAST = 0.05  # of an accuracy that an axis spans: less would show chance as if it were more
 _LABEL = 15.0
+_LETTER = 6.5  # about the width of one
 _ORDER = ("other", "stage", "end")  # what is drawn later lies on top
 _TOO_SMALL = 1e-4  # of the greatest: what is less would only stretch the axes
 
@@ -134,10 +135,12 @@ def _labelled(marks: Sequence[Mark], x: Axis, y: Axis, as_share: bool) -> list[H
     named = [m for m in marks if m.label]
     heights = spread([y.place(m.value) for m in named], _LABEL, _TOP + 6, _BOTTOM - 8)
     for mark, height in zip(named, heights, strict=True):
-        anchor, nudge = ("start", 14.0) if mark.left <= 0.55 else ("end", -14.0)
         at, level = x.place(mark.left), y.place(mark.value)
-        drawn.append(line(at, level, at + 0.8 * nudge, height, "leader"))
         words = f"{mark.label} {_value(mark.value, as_share)}"
+        # A line begins at the mark that names it, and goes to the right.
+        fits = mark.style == "other" and at - 14.0 - _LETTER * len(words) > _LEFT
+        anchor, nudge = ("start", 14.0) if mark.left <= 0.55 and not fits else ("end", -14.0)
+        drawn.append(line(at, level, at + 0.8 * nudge, height, "leader"))
         drawn.append(text(at + nudge, height + 4, words, anchor, f"label.{mark.style}"))
     drawn += [
         line(
