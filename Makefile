@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # constraints.txt pins the versions that the tests run with, torch first of all.
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+# Modules are compiled when they are first imported: compiling all of torch takes over a minute.
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile -c constraints.txt
 
 # Where other programs use the cores too, threads that spin while they wait cost minutes.
 export OMP_WAIT_POLICY ?= passive

@@ -17,7 +17,7 @@ from eigendamage.plan import METHODS, WeightMethod
 from tests.random_networks import RandomNetwork, networks
 
 EXAMPLES = 8
-NETWORKS = 4
+NETWORKS = 2
 
 
 def _ways() -> list[tuple[str, str | None]]:

@@ -132,6 +132,7 @@ def test_a_folder_of_another_call_is_refused(tmp_path: Path) -> None:
             run(*arguments)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_functions_are_known_again_in_another_process(tmp_path: Path) -> None:
     source = """
 import sys, torch, eigendamage as ed

@@ -262,6 +262,7 @@ def test_a_table_without_its_result_says_so(copy: Path):
     assert check(copy).returncode == 0
 
 
+@pytest.mark.slow
 def test_the_first_example_of_the_readme_does_what_it_says_of_the_real_network(
     capsys: pytest.CaptureFixture[str],
 ):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.hard.odd_calls import OddCall, odd_call, outcome
 
-CALLS = 20
+CALLS = 12
 
 
 @st.composite
