@@ -29,8 +29,9 @@ $(VENV)/.docs: $(VENV)/.run
 demo: $(VENV)/.run
 	$(BIN)/eigendamage demo
 
+# Without the examples of the documents, which check runs too.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto -m "not slow and not pages"
 
 # Those that take long, which test and check leave out.
 slow: $(VENV)/.dev

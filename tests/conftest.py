@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from importlib.util import find_spec
 
@@ -22,16 +23,22 @@ if find_spec("torchvision") is not None and torch.version.cuda is None:
 
 _decorated = jaxtyping.jaxtyped
 _seen: set[tuple[str, int]] = set()
+_SHAPE = re.compile(r"\w+\[(Tensor|np\.ndarray)\b.*, *['\"]")  # as in Float[Tensor, "n c"]
 
 
-def _decorated_once(*, typechecker: object) -> Callable[[object], object]:
-    """The import hook's decorator, which leaves functions within functions bare from their second.
+def _decorated_for_shapes(*, typechecker: object) -> Callable[[object], object]:
+    """The import hook's decorator, for what has shapes among its annotations.
 
-    They are defined, and so decorated, at every call of the outer one. Each time takes milliseconds
-    of compiling; that was half of the time of all tests.
+    The rest has types that pyright has checked already, and checking them again at every call takes
+    nearly half of the time of all tests. Functions within functions are left bare from their second
+    time: they are defined, and so decorated, at every call of the outer one, which takes
+    milliseconds of compiling.
     """
 
     def decorate(function: object) -> object:
+        hints = getattr(function, "__annotations__", {}).values()
+        if not any(_SHAPE.search(str(hint)) for hint in hints):
+            return function
         code = getattr(function, "__code__", None)
         if code is not None and "<locals>" in code.co_qualname:
             place = code.co_filename, code.co_firstlineno
@@ -43,7 +50,7 @@ def _decorated_once(*, typechecker: object) -> Callable[[object], object]:
     return decorate
 
 
-jaxtyping.jaxtyped = _decorated_once  # before anything imports the package
+jaxtyping.jaxtyped = _decorated_for_shapes  # before anything imports the package
 
 
 @pytest.fixture(params=list(CASES), ids=list(CASES))

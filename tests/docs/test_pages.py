@@ -60,6 +60,7 @@ def run(block: Block, page: str, names: dict[str, object]) -> None:
     exec(compile(code, page, "exec"), names)
 
 
+@pytest.mark.pages
 @pytest.mark.usefixtures("small_zoo", "surroundings")
 @pytest.mark.parametrize("unit", named([each for each in UNITS if each.python]))
 def test_python_runs(unit: Unit):

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import eigendamage as ed
-from eigendamage.batches import Batches
+from eigendamage.batches import Batches, as_batch
 from eigendamage.training import Training, polish
+from eigendamage.training._layout import channels_last
 
 CPU = torch.device("cpu")
 
@@ -250,3 +251,70 @@ def test_what_cannot_be_is_refused() -> None:
             fisher="empirical",
             progress=False,
         )
+
+
+class Reshaped(nn.Module):
+    """Reads what a convolution returns by ``view``, which only runs in rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 5, 3, padding=1)
+        self.head = nn.Linear(180, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.conv(x).view(len(x), 180))
+
+
+class Strided(nn.Module):
+    """Returns something else in another memory format."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 5, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        return torch.as_strided(y, (len(x), 3), (180, 1))
+
+
+@pytest.mark.parametrize(
+    ("other", "chosen"), [(None, True), (Reshaped, False), (Strided, False)], ids=str
+)
+def test_convolutions_run_in_channels_last_where_nothing_changes(other: Any, chosen: bool) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 4, 6, 6)
+    batch = as_batch(x, 0, CPU)
+    networks = [nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.Conv2d(6, 6, 3))]
+    networks += [] if other is None else [other()]
+    before = [(p, p.stride(), p.detach().clone()) for n in networks for p in n.parameters()]
+    first = networks[0][0].weight
+    with channels_last([n.eval() for n in networks], batch):
+        assert first.is_contiguous(memory_format=torch.channels_last) is chosen
+        assert networks[0](x).is_contiguous(memory_format=torch.channels_last) is chosen
+        for network in networks:
+            network(x).sum().backward()
+    for parameter, stride, value in before:
+        assert parameter.stride() == stride
+        assert torch.equal(parameter, value)
+    with pytest.raises(ZeroDivisionError), channels_last(networks, batch):
+        raise ZeroDivisionError
+    assert first.is_contiguous()
+
+
+def test_polish_in_channels_last_is_polish_in_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = network().double()
+    batches = list(Batches([x.double() for x in images(4)], CPU))
+    found: list[tuple[dict[str, Tensor], Training]] = []
+    for available in (True, False):
+        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda a=available: a)
+        model = network(1).double()
+        config = ed.PolishConfig(passes=2, learning_rate=1e-2)
+        done = polish(
+            model, original, batches[:3], held_out=batches[3:], config=config, progress=False
+        )
+        found.append((model.state_dict(), done))
+    (mine, fast), (its, plain) = found
+    assert fast.scores == pytest.approx(plain.scores, rel=1e-9)
+    for name, value in its.items():
+        torch.testing.assert_close(mine[name], value, msg=name)
+        assert mine[name].stride() == value.stride()

@@ -96,6 +96,7 @@ def cifar(shared_file):
     return zoo.load_images(shared_file("data/cifar10-jpeg.zip"), "test", limit=1_500)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "published"), [("resnet20", 0.880), ("resnet56", 0.897)])
 def test_pretrained_resnets_have_their_published_accuracy(shared_file, cifar, name, published):
     model = zoo.get(name)()

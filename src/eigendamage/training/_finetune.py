@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,8 @@ from eigendamage.training._config import FinetuneConfig
 from eigendamage.training._feed import LoaderFeed, hold_out, seed_everything
 from eigendamage.training._loop import Training, train
 from eigendamage.training._objective import Objective
+
+Item = TypeVar("Item")
 
 
 @one_fate
@@ -125,7 +127,7 @@ def finetune(
             config,
             score=None
             if judged is None
-            else partial(mean_score, objective, judged, seed=config.seed),
+            else partial(mean_score, objective.score, judged, seed=config.seed),
             checkpoint=keeper,
             device=device,
             what="fine-tuning",
@@ -160,17 +162,21 @@ def _identity(
 
 
 def mean_score(
-    objective: Objective, batches: Iterable[Batch], model: nn.Module, *, seed: int = 0
+    score: Callable[[nn.Module, Item], tuple[Tensor, int]],
+    held_out: Iterable[Item],
+    model: nn.Module,
+    *,
+    seed: int = 0,
 ) -> float:
-    """The mean of an objective's score over held-out batches, run as in evaluation.
+    """The mean of an objective's score over what is held out, run as in evaluation.
 
     Whatever the data draws, it draws the same each time.
     """
     total, terms = 0.0, 0
     with torch.no_grad(), evaluating(model), preserved_random_state():
         seed_everything(seed)
-        for batch in batches:
-            value, count = objective.score(model, batch)
+        for item in held_out:
+            value, count = score(model, item)
             total, terms = total + float(value), terms + count
     return total / max(1, terms)
 

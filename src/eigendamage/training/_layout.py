@@ -1,15 +1,93 @@
-"""The memory format of convolutions whose gradient oneDNN would write past its memory."""
+"""Memory formats of convolutions: the faster one, and one that oneDNN's gradient keeps within."""
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from eigendamage.batches import Batch
+from eigendamage.calls import call, output_tensors
+from eigendamage.errors import EigenDamageError
+from eigendamage.layers import preserved_random_state
+
 _BLOCK = 16  # channels that oneDNN computes at a time with AVX-512; 8 with AVX2
+
+
+@contextmanager
+def channels_last(networks: Sequence[nn.Module], batch: Batch) -> Generator[None]:
+    """Run networks with channels_last weights where that changes nothing but the time.
+
+    On the CPU, convolutions of few channels are computed from a third to a half faster so. Networks
+    that do not run that way on a batch, as those that call ``view`` on what a convolution returns,
+    or that do not return the same, stay as they are, all of them: what one returns meets what
+    another does. Outside of this the weights are in the format that they came in.
+
+    Args:
+        networks: run in the mode that they are in.
+        batch: an input of all of them.
+    """
+    weights = [w for network in networks for w in _weights(network)]
+    if not weights or not torch.backends.mkldnn.is_available():
+        yield
+        return
+    with preserved_random_state():
+        before = [_returned(network, batch) for network in networks]
+    with _as_they_came(weights):
+        for weight in weights:
+            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+        try:
+            with preserved_random_state():
+                after = [_returned(network, batch) for network in networks]
+        except (RuntimeError, EigenDamageError):
+            same = False
+        else:
+            same = all(_close(x, y) for x, y in zip(before, after, strict=True))
+        if same:
+            yield
+            return
+    yield
+
+
+def _weights(network: nn.Module) -> list[Tensor]:
+    """The kernels of a network's 2D convolutions on the CPU, without its narrow shortcuts."""
+    convolutions = [m for m in network.modules() if isinstance(m, nn.Conv2d) and not _is_narrow(m)]
+    kernels = [dict(m.named_parameters(recurse=False)).get("weight") for m in convolutions]
+    return [w for w in kernels if w is not None and w.device.type == "cpu"]
+
+
+def _returned(network: nn.Module, batch: Batch) -> list[Tensor]:
+    """What a network returns, with the gradient of its sum: some fail only there."""
+    trained = [p for p in network.parameters() if p.requires_grad]
+    with torch.enable_grad(), narrow_shortcuts_in_rows(network):
+        found = output_tensors(call(network, batch))
+        if trained and any(x.requires_grad for x in found):
+            total = torch.stack([x.float().sum() for x in found]).sum()
+            torch.autograd.grad(total, trained, allow_unused=True)
+    return [x.detach() for x in found]
+
+
+def _close(mine: list[Tensor], its: list[Tensor]) -> bool:
+    return len(mine) == len(its) and all(
+        x.shape == y.shape and bool((x - y).norm() <= 1e-3 * y.norm())
+        for x, y in zip(mine, its, strict=True)
+    )
+
+
+@contextmanager
+def _as_they_came(weights: Iterable[Tensor]) -> Generator[None]:
+    """Weights have the strides that they came with again after this."""
+    before = [(weight, weight.stride()) for weight in weights]
+    try:
+        yield
+    finally:
+        for weight, stride in before:
+            if weight.stride() != stride:
+                old = weight.data
+                weight.data = old.new_empty_strided(old.shape, stride).copy_(old)
 
 
 @contextmanager
@@ -22,19 +100,15 @@ def narrow_shortcuts_in_rows(model: nn.Module) -> Generator[None]:
     outside of this the weights are in the format that they came in.
     """
     narrow = [m for m in model.modules() if isinstance(m, nn.Conv2d) and _is_narrow(m)]
-    strides = [m.weight.stride() for m in narrow]
     hooks = [m.register_forward_pre_hook(_read_in_rows) for m in narrow]
     try:
-        for module in narrow:
-            module.weight.data = _in_rows(module.weight.data)
-        yield
+        with _as_they_came([m.weight for m in narrow]):
+            for module in narrow:
+                module.weight.data = _in_rows(module.weight.data)
+            yield
     finally:
         for hook in hooks:
             hook.remove()
-        for module, stride in zip(narrow, strides, strict=True):
-            if module.weight.stride() != stride:
-                old = module.weight.data
-                module.weight.data = old.new_empty_strided(old.shape, stride).copy_(old)
 
 
 def _is_narrow(module: nn.Conv2d) -> bool:

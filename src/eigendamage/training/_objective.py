@@ -84,12 +84,27 @@ class Objective:
         The labels' loss where there are labels, the divergence at temperature one otherwise.
         """
         self._check(batch)
+        if not self.by_labels(batch):
+            return self.divergence(model, (batch, self.target(batch)))
         output = call(model, batch)
-        if self.by_labels(batch):
-            return self._head.per_example(output, batch).sum(), self._terms(output, batch)
+        return self._head.per_example(output, batch).sum(), self._terms(output, batch)
+
+    def target(self, batch: Batch) -> Tensor:
+        """What the original predicts."""
         assert self._original is not None
+        with torch.no_grad():
+            return logits_of(call(self._original, batch))
+
+    def divergence(self, model: nn.Module, judged: tuple[Batch, Tensor]) -> tuple[Tensor, int]:
+        """The divergence from what the original predicts, summed, and over how many.
+
+        Args:
+            model: the smaller network.
+            judged: a held-out batch and the original's `target` for it.
+        """
+        batch, target = judged
         assert isinstance(self._head, PredictiveHead)
-        target = logits_of(call(self._original, batch))
+        output = call(model, batch)
         divergence = self._head.divergence(target, logits_of(output), batch)
         return divergence.sum(), self._terms(output, batch)
 

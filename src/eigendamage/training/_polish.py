@@ -18,6 +18,7 @@ from eigendamage.training._augment import Augment
 from eigendamage.training._config import FinetuneConfig
 from eigendamage.training._feed import PoolFeed
 from eigendamage.training._finetune import mean_score, training_of
+from eigendamage.training._layout import channels_last
 from eigendamage.training._loop import Training, train
 from eigendamage.training._objective import Objective
 from eigendamage.training._pool import Pool, mapped, tensor_of
@@ -134,13 +135,19 @@ def polish(
         draws = torch.Generator().manual_seed(seed)
         judged = [_augmented(config.augment, b, draws) for _ in range(VIEWS) for b in judged]
     feed = PoolFeed(pool.shuffled, pool.steps, partial(_augmented, config.augment), seed)
-    with training_of(model, original), evaluating(model):
+    with (
+        training_of(model, original),
+        evaluating(model),
+        channels_last((model, original), next(iter(pool.shuffled(torch.Generator())))),
+    ):
         return train(
             model,
             feed,
             objective,
             training,
-            score=partial(mean_score, objective, judged),
+            score=partial(
+                mean_score, objective.divergence, [(b, objective.target(b)) for b in judged]
+            ),
             checkpoint=None,
             device=device_of(model),
             what="polish",
