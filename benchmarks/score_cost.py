@@ -78,6 +78,7 @@ def ways_of(model: nn.Module, data: list[tuple[Tensor, Tensor]]) -> Ways:
         "ours, curvature alone": curvature,
         "ours, eigendamage to a plan": lambda: plan("eigendamage"),
         "ours, kron-obs to a plan": lambda: plan("kron-obs", "patches", "channels"),
+        "ours, auto to a plan": lambda: plan("auto", *ed.needs("auto")),
     }
 
 
