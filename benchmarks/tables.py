@@ -288,20 +288,25 @@ def training_cifar10(results: Mapping[str, Any]) -> str:
             mean_of([row["repaired"] for row in found]),
             mean_of([row["accuracy"] for row in found]),
             f"{statistics.mean(row['seconds'] for row in found):.0f} s",
+            " or ".join(sorted({str(row["machine"]["threads"]) for row in found})),
             str(len(found)),
         ]
         for (kind, network, budget), found in groups.items()
     ]
-    header = ["network", "then", "MACs left", "original", "repaired", "after", "took", "seeds"]
+    header = ["network", "then", "MACs left", "original", "repaired", "after"]
+    header += ["took", "threads", "seeds"]
+    polished = [row for row in results["rows"] if row["kind"] == "polished"]
+    passes = sorted({len(row["scores"]) - 1 for row in polished})
     carried = sorted({row["recorded"] for row in results["rows"] if "recorded" in row})
     first = results["rows"][0]
+    system = f"{first['machine']['system']}, {first['machine']['cores']} cores"
     return (
         f"{table(header, lines, words=2)}\n\nAccuracy on the whole test split of CIFAR-10: means "
-        f"over the seeds, and their range. Polished: 10 passes over {results['examples']:,} images "
-        f"without labels, crops and flips. Trained: two epochs over the training images less a "
-        f"tenth, on labels and distillation. `{results['command']}`; "
-        f"{words_of(first['machine'])}, busy with other work; {words_of(first['versions'])}. Some "
-        f"rows are {'; others '.join(carried)}."
+        f"over the seeds, and their range. Polished: {' or '.join(map(str, passes))} passes over "
+        f"{results['examples']:,} images without labels, crops and flips. Trained: two epochs over "
+        f"the training images less a tenth, on labels and distillation. `{results['command']}`; "
+        f"{system}, those trained while other work ran; {words_of(first['versions'])}. Some rows "
+        f"are {'; others '.join(carried)}."
     )
 
 

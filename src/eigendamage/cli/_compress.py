@@ -24,8 +24,6 @@ from eigendamage.saving import save
 from eigendamage.training import FinetuneConfig, PolishConfig, crops_and_flips
 from eigendamage.zoo import ImageBatches
 
-_PASSES = 10
-
 
 def compress_command(
     model: str = typer.Option(..., help=MODEL_HELP, autocompletion=model_names),
@@ -101,7 +99,7 @@ def compress_command(
     polish: int | None = typer.Option(
         None,
         help="Passes of distilling the original at the end, without labels, on the images of the "
-        "curvature; 10 by default for auto without --epochs, else 0.",
+        "curvature; 6 by default for auto without --epochs, else 0.",
     ),
     augment: bool = typer.Option(
         True,
@@ -153,7 +151,7 @@ def compress_command(
         training=Training(train_examples, augment) if epochs else None,
     )
     if polish is None:
-        polish = _PASSES if method == "auto" and not epochs else 0
+        polish = PolishConfig().passes if method == "auto" and not epochs else 0
     # What a callable returns may be no images at all.
     moved = crops_and_flips() if augment and isinstance(images.data, ImageBatches) else None
     polishing = PolishConfig(passes=polish, augment=moved) if polish else 0

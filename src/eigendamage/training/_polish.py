@@ -43,10 +43,10 @@ class PolishConfig:
         augment: changes inputs before both networks see them; None for nothing.
     """
 
-    passes: int = 10
-    batch_size: int = 64
-    learning_rate: float = 1e-3
-    average: float = 0.99
+    passes: int = 6
+    batch_size: int = 32
+    learning_rate: float = 2e-3
+    average: float = 0.98
     clip: float | None = None
     temperature: float = 2.0
     feature_weight: float = 400.0
