@@ -6,8 +6,8 @@ BIN := $(VENV)/bin
 # Modules are compiled when they are first imported: compiling all of torch takes over a minute.
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile -c constraints.txt
 
-# Where other programs use the cores too, threads that spin while they wait cost minutes.
-export OMP_WAIT_POLICY ?= passive
+# Where several processes share the cores, threads that spin while they wait cost minutes.
+test slow soak check: export OMP_WAIT_POLICY ?= passive
 
 .PHONY: demo test slow soak check docs clean format
 
