@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import eigendamage as ed
+from eigendamage.errors import MissingFileError
 from tests.cases import CASES, Residual
 from tests.networks import NETWORKS
 from tests.transformer_networks import Fused, Gated, Grouped, Plain, tokens, transformer
@@ -239,7 +240,7 @@ def test_what_cannot_be_exported_is_refused_by_what_it_is(tmp_path: Path) -> Non
         _export(nn.Linear(3, 3), tmp_path / "model.onnx", x, opset=17)
     with pytest.raises(ed.ExportError, match="it is a folder"):
         _export(nn.Linear(3, 3), tmp_path, x)
-    with pytest.raises(FileNotFoundError, match="does not exist"):
+    with pytest.raises(MissingFileError, match="does not exist; make it"):
         _export(nn.Linear(3, 3), tmp_path / "no" / "model.onnx", x)
     with pytest.raises(ed.DataError, match="cannot run on inputs"):
         _export(nn.Linear(5, 3), tmp_path / "plain", x, format="plain")

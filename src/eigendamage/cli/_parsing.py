@@ -9,7 +9,7 @@ from typing import cast
 
 import typer
 
-from eigendamage.errors import BudgetError
+from eigendamage.errors import BudgetError, FileError, NotAFolderError
 from eigendamage.plan import ActionKind, Budget, Unit, wanted_actions
 
 
@@ -97,11 +97,14 @@ def refuse_unwritable(out: Path) -> None:
     """Look whether the folder is there or can be made.
 
     Raises:
-        NotADirectoryError: if it is a file.
-        PermissionError: if it cannot be written to.
+        NotAFolderError: if it is a file.
+        FileError: if it cannot be written to.
     """
     if out.exists() and not out.is_dir():
-        raise NotADirectoryError(f"--out {out} is a file; name a folder")
+        raise NotAFolderError(f"--out {out} is a file; give a folder")
     there = next(p for p in (out, *out.absolute().parents) if p.exists())
     if not os.access(there, os.W_OK):
-        raise PermissionError(f"--out {out}: {there} cannot be written to")
+        raise FileError(
+            f"--out {out}: {there} cannot be written to; give a folder that can, or change its "
+            f"rights"
+        )
