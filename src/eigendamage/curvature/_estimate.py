@@ -105,7 +105,8 @@ def estimate_curvature(
     Raises:
         NothingToCompressError: if the model has no compressible layer, or none that the loss
             depends on.
-        DataError: if there is no example or a batch has a form that is not known.
+        DataError: if there is no example, if a batch has a form that is not known, or if no
+            position counts: every label is ignored (-100) or every token masked.
         NonFiniteError: if inputs, weights, outputs or gradients hold a NaN or an infinity.
         LossError: if loss, output, labels and Fisher do not fit together.
         LayerError: if a layer's tensors cannot be told apart by example.
