@@ -305,8 +305,8 @@ def test_compare_refuses_what_it_does_not_know(images: Path, tmp_path: Path) -> 
     out = tmp_path / "compared"
     options = ["compare", "--data", str(images), "--out", str(out)]
     done = runner.invoke(app, [*options, "--methods", "magic"])
-    assert isinstance(done.exception, ed.EigenDamageError)
-    assert "method 'magic' is unknown" in str(done.exception)
+    assert done.exit_code == 2
+    assert "method 'magic' is unknown" in done.output
     assert not out.exists()
     assert runner.invoke(app, [*options, "--budgets", "half"]).exit_code == 2
     outside = runner.invoke(app, [*options, "--methods", "random", "--budgets", "2"])
