@@ -119,6 +119,20 @@ def test_weights_that_a_model_of_transformers_does_not_take_are_told(
     assert "note: " not in capsys.readouterr().err
 
 
+def test_warnings_of_a_model_s_own_are_passed_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "warner.py").write_text(
+        "import warnings, torch\n"
+        "def net():\n"
+        "    warnings.warn('old weights')\n"
+        "    return torch.nn.Linear(2, 2)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    with pytest.warns(UserWarning, match="old weights"):
+        load_model("warner:net", None)
+
+
 @pytest.mark.parametrize("name", ["pipeline", "BertTokenizer", "BertConfig", "utils", "AutoModel"])
 def test_what_a_configuration_names_has_to_be_a_model_of_transformers(
     name: str, tmp_path: Path
