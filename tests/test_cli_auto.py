@@ -184,17 +184,13 @@ def test_a_sweep_of_which_nothing_can_be_met_fails_but_is_kept() -> None:
     assert not Path("out/sweep.png").exists()
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        (["--measure", "0.33"], "macs 0.33 is not in the sweep"),
-        (["--actions", "magic"], "action 'magic' is unknown"),
-    ],
-)
-def test_sweep_refuses_what_it_does_not_know(options: list[str], words: str) -> None:
-    done = _run("sweep", *options)
+def test_sweep_refuses_what_it_does_not_know() -> None:
+    done = _run("sweep", "--measure", "0.33")
     assert isinstance(done.exception, ed.EigenDamageError)
-    assert words in str(done.exception)
+    assert "macs 0.33 is not in the sweep" in str(done.exception)
+    done = _run("sweep", "--actions", "magic")
+    assert done.exit_code == 2
+    assert "action 'magic' is unknown" in done.output
     assert not Path("out").exists()
 
 

@@ -15,7 +15,11 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from eigendamage.errors import DataError, EigenDamageError, NonFiniteError
 
 Data = Iterable[Any] | Tensor | Dataset[Any]
-"""An iterable of batches: tensors, (input, label) pairs or dicts. A lone tensor is one batch."""
+"""An iterable of batches: tensors, (input, label) pairs or dicts. A lone tensor is one batch.
+
+A dict is passed by keywords, or as one argument to a model whose ``forward`` takes one and knows
+none of its names.
+"""
 
 D = TypeVar("D")
 

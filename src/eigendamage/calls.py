@@ -25,15 +25,27 @@ def call(model: nn.Module, batch: Batch) -> Any:
 def as_passed(model: nn.Module, batch: Batch) -> Batch:
     """The batch by position and by name as the model takes it.
 
-    A dict with one tensor under a name that ``forward`` does not know is passed by position.
+    A dict of which ``forward`` knows no name is passed by position: one tensor as it is, several as
+    the dict where ``forward`` needs one argument.
     """
-    if len(batch.kwargs) == 1 and not batch.args:
-        (name, value) = next(iter(batch.kwargs.items()))
-        parameters = inspect.signature(model.forward).parameters
-        takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-        if name not in parameters and not takes_any:
-            return replace(batch, args=(value,), kwargs={})
-    return batch
+    if batch.args or not batch.kwargs:
+        return batch
+    parameters = inspect.signature(model.forward).parameters
+    if any(name in parameters for name in batch.kwargs):
+        return batch
+    if len(batch.kwargs) > 1:
+        needed = [p for p in parameters.values() if _needed(p)]
+        alone = len(needed) == 1 and needed[0].kind is not inspect.Parameter.KEYWORD_ONLY
+        return replace(batch, args=(dict(batch.kwargs),), kwargs={}) if alone else batch
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return batch
+    return replace(batch, args=tuple(batch.kwargs.values()), kwargs={})
+
+
+def _needed(parameter: inspect.Parameter) -> bool:
+    """Whether a call has to give it."""
+    packed = (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    return parameter.default is parameter.empty and parameter.kind not in packed
 
 
 def first_call(model: nn.Module, batch: Batch) -> Any:
@@ -44,8 +56,10 @@ def first_call(model: nn.Module, batch: Batch) -> Any:
     """
     try:
         return call(model, batch)
-    except (RuntimeError, TypeError) as error:
+    except (RuntimeError, TypeError, AttributeError, LookupError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if isinstance(error, LookupError):  # which says no more than the key
+            reason = f"{type(error).__name__}: {reason}"
         raise DataError(
             f"the model cannot run on inputs of shape {batch.shapes()}: {reason}. Give batches of "
             f"the form that the model takes"

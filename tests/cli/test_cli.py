@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 import eigendamage as ed
 from eigendamage import zoo
 from eigendamage.cli import _demo, app
+from eigendamage.errors import MissingFileError, NotAFolderError
 from eigendamage.zoo._registry import MODELS
 
 runner = CliRunner()
@@ -244,7 +245,8 @@ def test_demo_with_training_fits_eighty_columns(
 
 def test_demo_refuses_a_folder_that_is_not_there_before_it_starts(tmp_path: Path) -> None:
     done = runner.invoke(app, ["demo", "--out", str(tmp_path / "none" / "demo.json")])
-    assert isinstance(done.exception, FileNotFoundError)
+    assert isinstance(done.exception, MissingFileError)
+    assert "does not exist; make it" in str(done.exception)
 
 
 def test_a_module_under_two_names_and_an_output_that_is_a_file(
@@ -272,7 +274,12 @@ def test_a_module_under_two_names_and_an_output_that_is_a_file(
     assert {n.replace("b.", "a.") for n in names if n.startswith("b.")} <= names
     (tmp_path / "file").write_text("")
     refused = runner.invoke(app, [*arguments, "--out", "file"])
-    assert isinstance(refused.exception, NotADirectoryError)
+    assert isinstance(refused.exception, NotAFolderError)
+    assert "is a file; give a folder" in str(refused.exception)
+    monkeypatch.setattr("os.access", lambda *_: False)  # root may write everywhere
+    refused = runner.invoke(app, [*arguments, "--out", "other"])
+    assert isinstance(refused.exception, ed.FileError)
+    assert "cannot be written to; give a folder" in str(refused.exception)
 
 
 @pytest.mark.usefixtures("narrow")
@@ -298,8 +305,8 @@ def test_compare_refuses_what_it_does_not_know(images: Path, tmp_path: Path) -> 
     out = tmp_path / "compared"
     options = ["compare", "--data", str(images), "--out", str(out)]
     done = runner.invoke(app, [*options, "--methods", "magic"])
-    assert isinstance(done.exception, ed.EigenDamageError)
-    assert "method 'magic' is unknown" in str(done.exception)
+    assert done.exit_code == 2
+    assert "method 'magic' is unknown" in done.output
     assert not out.exists()
     assert runner.invoke(app, [*options, "--budgets", "half"]).exit_code == 2
     outside = runner.invoke(app, [*options, "--methods", "random", "--budgets", "2"])

@@ -21,6 +21,7 @@ from eigendamage.cli._sources import load_data
 
 runner = CliRunner()
 _GIVEN = ("--model", "m", "--data", "d", "--out", "o")
+_EXPORT = ("--model", "m", "--out", "o")
 
 
 def _main(
@@ -67,6 +68,14 @@ def test_every_exit_code_is_in_the_help_and_in_the_page() -> None:
         (["compress"], 2, "MissingParameter", "--model"),
         (["compress", "--size", "1"], 2, "NoSuchOption", "--size"),
         (["compress", *_GIVEN, "--macs", "2"], 2, "BadParameter", "macs is 2"),
+        (["compress", *_GIVEN, "--method", "nomethod"], 2, "BadParameter", "nomethod"),
+        (["compress", *_GIVEN, "--variant", "novariant"], 2, "BadParameter", "novariant"),
+        (["compress", *_GIVEN, "--actions", "noaction"], 2, "BadParameter", "noaction"),
+        (["sweep", *_GIVEN, "--actions", "noaction"], 2, "BadParameter", "noaction"),
+        (["compare", *_GIVEN, "--methods", "nomethod"], 2, "BadParameter", "nomethod"),
+        (["compare", *_GIVEN, "--methods", ","], 2, "BadParameter", "names no method"),
+        (["export", "f", *_EXPORT, "--format", "tflite"], 2, "BadParameter", "tflite"),
+        (["export", "f", *_EXPORT, "--shape", "3x0"], 2, "BadParameter", "3x0"),
         (
             ["sweep", *["--model", "zoo:x", "--data", "d", "--out", "o"]],
             3,

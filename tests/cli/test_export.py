@@ -57,7 +57,7 @@ def test_random_inputs_of_a_shape_do(saved: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rest", "words"),
     [
-        (("--shape", "1x0x28"), "--shape is '1x0x28'"),
+        (("--shape", "1x0x28"), "--shape: it is '1x0x28'"),
         ((), "give --data or --shape"),
         (("--shape", "1x28x28", "--data", "zoo:fashion-mnist"), "give --data or --shape"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
+import eigendamage as ed
 from eigendamage import (
     DataError,
     EigenDamageError,
@@ -236,6 +238,43 @@ def test_data_as_dicts_and_single_tensors() -> None:
     ):
         found = estimate_curvature(model, data, fisher="empirical", progress=False)
         torch.testing.assert_close(found["fc"].S, expected)
+
+
+class _ByName(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.left, self.right, self.head = nn.Linear(5, 6), nn.Linear(3, 6), nn.Linear(6, 4)
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.left(a) + self.right(b)))
+
+
+class _InDict(_ByName):
+    def forward(self, batch: dict[str, Tensor], scale: float = 1.0) -> Tensor:
+        return super().forward(batch["a"], batch["b"] * scale)
+
+
+def test_a_model_that_takes_the_whole_dict_gets_it() -> None:
+    a, b = torch.randn(6, 5), torch.randn(6, 3)
+    data = [{"a": a, "b": b, "labels": torch.tensor([0, 1, 2, 3, 0, 1])}]
+    options: dict[str, Any] = {"also": ("patches", "channels", "gradients"), "progress": False}
+    expected = estimate_curvature(_ByName(), data, **options)
+    found = estimate_curvature(_InDict(), data, **options)
+    assert list(found) == list(expected)
+    for name in expected:
+        torch.testing.assert_close(found[name].eigenvalues, expected[name].eigenvalues)
+    assert found.channels == expected.channels
+    small = ed.compress(
+        _InDict().eval(), data * 6, budget=ed.Budget(macs=0.8), eval_data=data, polish=1,
+        progress=False,
+    )  # fmt: skip
+    assert small.report.final.accuracy is not None
+    assert small.model({"a": a, "b": b}).shape == (6, 4)
+    with pytest.raises(DataError, match=r"cannot run on inputs .*KeyError: 'b'"):
+        estimate_curvature(_InDict(), [{"a": a, "c": b}], progress=False)
+    with pytest.raises(DataError, match=r"cannot run on inputs .*unexpected keyword"):
+        estimate_curvature(_ByName(), [{"c": a, "d": b}], progress=False)
 
 
 class _TimeFirst(nn.Module):

@@ -205,3 +205,48 @@ def test_a_causal_loss_needs_one_output_a_token() -> None:
         ed.estimate_curvature(
             PooledModel(), torch.randint(6, (4, 3)), loss="causal_lm", progress=False
         )
+
+
+def _ignored(rows: Tensor) -> dict[str, Tensor]:
+    return {"input_ids": rows, "labels": torch.full_like(rows, -100)}
+
+
+def _masked(rows: Tensor) -> dict[str, Tensor]:
+    return {"input_ids": rows, "attention_mask": torch.zeros_like(rows)}
+
+
+class _FirstToken(TokenModel):
+    """One prediction an example, which is there though every token is masked."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        return super().forward(input_ids, attention_mask)[:, 0]
+
+
+@pytest.mark.parametrize("fisher", ["mc", "exact", "empirical"])
+@pytest.mark.parametrize("loss", ["cross_entropy", "causal_lm"])
+def test_labels_that_are_all_ignored_are_refused(loss: str, fisher: str) -> None:
+    rows = torch.arange(24).reshape(4, 6) % VOCABULARY
+    with pytest.raises(ed.DataError, match=r"no position of the 8 examples counts.*all -100"):
+        ed.estimate_curvature(
+            model_of(), [_ignored(rows)] * 2, loss=loss, fisher=fisher, progress=False
+        )
+    labelled = {"input_ids": rows, "labels": rows}
+    found = ed.estimate_curvature(
+        model_of(), [_ignored(rows), labelled], loss=loss, fisher=fisher, progress=False
+    )
+    assert all(bool(layer.S.any()) for layer in found.values())
+
+
+@pytest.mark.parametrize("kind", [TokenModel, _FirstToken])
+@pytest.mark.parametrize("loss", ["cross_entropy", "mse", "bce"])
+def test_a_mask_that_leaves_no_token_is_refused(kind: Callable[[], nn.Module], loss: str) -> None:
+    rows = torch.arange(24).reshape(4, 6) % VOCABULARY
+    with pytest.raises(ed.DataError, match="attention_mask excludes every token"):
+        ed.estimate_curvature(model_of(kind), [_masked(rows)], loss=loss, progress=False)
+
+
+def test_texts_of_one_token_have_none_to_predict() -> None:
+    with pytest.raises(ed.DataError, match="one token each"):
+        ed.estimate_curvature(
+            model_of(), [torch.tensor([[1], [2]])], loss="causal_lm", progress=False
+        )

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import eigendamage as ed
+from eigendamage.errors import MissingFileError
 from tests.cases import CASES, Residual
 from tests.networks import NETWORKS
 from tests.transformer_networks import Fused, Gated, Grouped, Plain, tokens, transformer
@@ -239,11 +240,28 @@ def test_what_cannot_be_exported_is_refused_by_what_it_is(tmp_path: Path) -> Non
         _export(nn.Linear(3, 3), tmp_path / "model.onnx", x, opset=17)
     with pytest.raises(ed.ExportError, match="it is a folder"):
         _export(nn.Linear(3, 3), tmp_path, x)
-    with pytest.raises(FileNotFoundError, match="does not exist"):
+    with pytest.raises(MissingFileError, match="does not exist; make it"):
         _export(nn.Linear(3, 3), tmp_path / "no" / "model.onnx", x)
     with pytest.raises(ed.DataError, match="cannot run on inputs"):
         _export(nn.Linear(5, 3), tmp_path / "plain", x, format="plain")
     assert _nothing_but(tmp_path)
+
+
+class _InDict(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(5, 6), nn.Linear(3, 6)
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        return torch.tanh(self.left(batch["a"]) + self.right(batch["b"]))
+
+
+@pytest.mark.parametrize("format", ["onnx", "torch.export", "plain"])
+def test_a_model_that_takes_the_whole_dict(format: str, tmp_path: Path) -> None:
+    example = {"a": torch.randn(4, 5), "b": torch.randn(4, 3)}
+    path = tmp_path / {"plain": "plain", "onnx": "model.onnx"}.get(format, "model.pt2")
+    written = _export(_InDict(), path, example, format=format)
+    assert written.compared == (1, 4, 5)
 
 
 def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -120,6 +120,19 @@ def test_a_training_that_is_shared_out_is_refused(tmp_path: Path) -> None:
         callback.on_fit_start(trainer, _Inner())
 
 
+@pytest.mark.parametrize("network", ["nope", "net.9", "losses"])
+def test_a_network_that_is_not_there_is_refused_before_the_training(
+    network: str, tmp_path: Path
+) -> None:
+    callback = CompressionCallback(
+        ed.Budget(macs=0.7), at_epochs=[1], network=network, compressor=_FEW
+    )
+    module = _Inner()
+    with pytest.raises(ed.MismatchError, match=rf"'{network}': the _Inner has no .* are net, net"):
+        _trainer(tmp_path, callback, max_epochs=1).fit(module, _loader())
+    assert not module.losses
+
+
 class _TwoOptimizers(_Inner):
     """Steps by hand, with two optimizers: two steps of the Trainer a batch."""
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import eigendamage as ed
+from eigendamage.cli._sources import load_model
 from eigendamage.integrations.names import has_random_weights
 
 _LIBRARIES = {"timm": "timm", "torchvision": "torchvision", "hf": "transformers"}
@@ -88,8 +90,47 @@ def test_weights_that_a_file_of_transformers_lacks_are_not_drawn_at_random(tmp_p
     transformers.BertModel(config).save_pretrained(tmp_path)
     config.architectures = ["BertForSequenceClassification"]
     config.save_pretrained(tmp_path)
-    with pytest.raises(ed.MismatchError, match="classifier"):
+    said = r"lacks 2 weights of BertForS.* \('classifier.bias', 'classifier.weight'\)"
+    with pytest.raises(ed.MismatchError, match=said):
         ed.get_model(f"hf:{tmp_path}")
+
+
+def test_weights_that_a_model_of_transformers_does_not_take_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(vocab_size=50, n_positions=16, n_embd=16, n_layer=1, n_head=2)
+    saved = transformers.GPT2LMHeadModel(config)
+    saved.save_pretrained(tmp_path)
+    name, path = f"hf:{tmp_path}", tmp_path / "model.safetensors"
+    assert "lm_head.weight" not in load_file(path)  # tied, so it is not missing
+    ed.get_model(name)
+    more = {f"extra.{index}": torch.ones(2) for index in range(4)}
+    save_file({**load_file(path), **more}, path, metadata={"format": "pt"})
+    said = "has 4 weights that GPT2LMHeadModel does not take ('extra.0', 'extra.1', 'extra.2', …)"
+    with pytest.warns(UserWarning, match=re.escape(said)):
+        ed.get_model(name)
+    capsys.readouterr()
+    load_model(name, None)
+    (note,) = (line for line in capsys.readouterr().err.splitlines() if "note: " in line)
+    assert note.startswith("note: hf:")
+    assert said in note
+    load_model(name, None, quiet=True)
+    assert "note: " not in capsys.readouterr().err
+
+
+def test_warnings_of_a_model_s_own_are_passed_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "warner.py").write_text(
+        "import warnings, torch\n"
+        "def net():\n"
+        "    warnings.warn('old weights')\n"
+        "    return torch.nn.Linear(2, 2)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    with pytest.warns(UserWarning, match="old weights"):
+        load_model("warner:net", None)
 
 
 @pytest.mark.parametrize("name", ["pipeline", "BertTokenizer", "BertConfig", "utils", "AutoModel"])

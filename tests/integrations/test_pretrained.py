@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import eigendamage as ed
+from eigendamage.errors import MissingFileError
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -125,3 +126,15 @@ def test_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         from_pretrained(tmp_path / "small")
     with pytest.raises(ed.EigenDamageError, match="no model of transformers"):
         save_pretrained(nn.Linear(2, 2), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "part-2.safetensors"])
+def test_a_file_that_is_missing_is_named(name: str, tmp_path: Path) -> None:
+    save_pretrained(_smaller("bert", "kron-obs"), tmp_path)
+    if name.startswith("part"):
+        weights = {"classifier.weight": "model.safetensors", "classifier.bias": name}
+        index = json.dumps({"weight_map": weights})
+        (tmp_path / "model.safetensors.index.json").write_text(index)
+    (tmp_path / name).unlink(missing_ok=True)
+    with pytest.raises(MissingFileError, match=f"no {name} in .*; give the folder"):
+        from_pretrained(tmp_path)

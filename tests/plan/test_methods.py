@@ -557,3 +557,20 @@ def test_readers_that_are_factored_are_priced_as_they_are_left() -> None:
     X[:, gone] = 0
     assert plan.layers["2"].price == pytest.approx(quadratic(view.W, X, view.S, view.A), rel=1e-6)
     assert plan.layers["0"].price == 0
+
+
+@pytest.mark.parametrize("method", sorted(METHODS.keys() - {"slimming"}))
+def test_a_curvature_that_is_zero_everywhere_ranks_nothing(method: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 6), nn.Linear(6, 3))
+    with torch.no_grad():
+        model[-1].weight.mul_(1e9)  # sure of everything
+    x = torch.randn(16, 6)
+    curvature = ed.estimate_curvature(model, [x], also=ALL, progress=False)
+    assert not any(layer.S.any() for layer in curvature.values())
+    if method in ("auto", "magnitude", "random"):
+        plan = ed.make_plan(model, curvature, ed.Budget(macs=0.9), method=method)
+        assert plan.changed
+    else:
+        with pytest.raises(ed.DataError, match=r"all 3 layers is exactly zero.*choose at random"):
+            ed.make_plan(model, curvature, _budget(method), method=method)

@@ -381,6 +381,53 @@ def test_a_damaged_report_or_plan_is_warned_of_and_left_out(text: str, tmp_path:
         assert not (tmp_path / "again" / "report.json").exists()
 
 
+_OTHER_PLANS = [
+    ("eigendamage", "kron-obs", r"leaves \d+ outputs and \d+ inputs of layer '\d', the model has"),
+    ("kron-obs", "eigendamage", r"leaves \d+ outputs and \d+ inputs of layer '\d', the model has"),
+    ("eigendamage", "obd", r"layer '\d' is factored in the model, the plan has it as mask"),
+    ("obd", "eigendamage", r"layer '\d' is masked in the model, the plan has it as eigenblock"),
+    ("eigendamage", "eigendamage-dw", r"factored by ranks .* as depthwise of ranks (\d+), \1"),
+    ("auto", "eigendamage", r"layer '\d', the model has"),
+]
+
+
+@pytest.mark.parametrize(("method", "other", "words"), _OTHER_PLANS)
+def test_a_plan_of_another_method_is_warned_of_and_left_out(
+    method: str, other: str, words: str, tmp_path: Path
+) -> None:
+    model = smaller(method)
+    ed.save(model, tmp_path / "one")
+    ed.save(smaller(other), tmp_path / "other")
+    plan = (tmp_path / "other" / "plan.json").read_bytes()
+    (tmp_path / "one" / "plan.json").write_bytes(plan)
+    with pytest.warns(UserWarning, match=rf"plan\.json, of method '{other}', .*{words}.* whole"):
+        found = ed.load(network(), tmp_path / "one")
+    assert_equal(found, model)
+    ed.save(found, tmp_path / "again")
+    assert files(tmp_path / "again") == ["model.safetensors", "structure.json"]
+
+
+def test_a_plan_of_layers_that_the_model_has_not_is_warned_of(tmp_path: Path) -> None:
+    model = smaller()
+    ed.save(model, tmp_path)
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    plan["layers"] = {f"body.{name}": layer for name, layer in plan["layers"].items()}
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    with pytest.warns(UserWarning, match=r"layer 'body\.0' of the plan is not in Sequential"):
+        assert_equal(ed.load(network(), tmp_path), model)
+
+
+@pytest.mark.parametrize("method", ["eigendamage", "kron-obs", "obd", "auto"])
+def test_a_plan_stays_where_layers_were_made_plain_again(method: str, tmp_path: Path) -> None:
+    plain = ed.densify(smaller(method))
+    for module in plain.modules():
+        if nn.utils.prune.is_pruned(module) and hasattr(module, "weight_mask"):
+            nn.utils.prune.remove(module, "weight")
+    ed.save(plain, tmp_path / "one")
+    ed.save(ed.load(network(), tmp_path / "one"), tmp_path / "two")
+    assert "plan.json" in files(tmp_path / "two")
+
+
 def test_a_report_without_its_plan_is_left_out_and_one_alone_may_be_missing(tmp_path: Path) -> None:
     result = _compressed()
     ed.save(result, tmp_path)

@@ -15,6 +15,7 @@ from eigendamage import zoo
 from eigendamage.batches import iterable_of
 from eigendamage.cli._completion import MODEL_HELP, model_names
 from eigendamage.cli._parsing import budgets as budgets_of
+from eigendamage.cli._parsing import methods as methods_of
 from eigendamage.cli._sources import Images, load_data, load_model
 from eigendamage.compare import ALL, compare
 from eigendamage.curvature import Fisher
@@ -58,6 +59,7 @@ def compare_command(
     same settings, it does only what is missing. Without --model and --data it compares on the
     bundled network and images.
     """
+    competitors = methods_of(methods)
     goals = [goal.given[unit] for goal in budgets_of(budgets, unit, "--budgets")]
     network = load_model(model, weights, pretrained=pretrained)
     images = _images(data, max(examples, train_examples), batch_size, seed, test_examples)
@@ -75,7 +77,7 @@ def compare_command(
         network,
         images.data,
         eval_data=images.eval_data,
-        methods=ALL if methods == "all" else [m for m in methods.split(",") if m.strip()],
+        methods=competitors,
         budgets=goals,
         unit=unit,
         train_data=_training(images, train_examples, batch_size, seed) if epochs else None,

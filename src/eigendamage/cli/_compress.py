@@ -12,7 +12,7 @@ from rich.console import Console
 
 from eigendamage.cli._completion import MODEL_HELP, method_names, model_names
 from eigendamage.cli._parsing import budget as budget_of
-from eigendamage.cli._parsing import floors, kinds, refuse_unwritable
+from eigendamage.cli._parsing import floors, kinds, refuse_unknown, refuse_unwritable
 from eigendamage.cli._processes import home
 from eigendamage.cli._sources import Training, load_data, load_model
 from eigendamage.compress import Compressed, compress, preview
@@ -136,6 +136,7 @@ def compress_command(
     curvature.safetensors; eigendamage.load makes the smaller model again of the original one and
     OUT. With --dry-run nothing is written at all.
     """
+    refuse_unknown(method, variant)
     refuse_unwritable(out)
     floor_of, allowed = floors(floor), kinds(actions)
     budget = budget_of(

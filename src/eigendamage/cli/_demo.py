@@ -17,6 +17,7 @@ from torch import nn
 from eigendamage import zoo
 from eigendamage.compress import compress
 from eigendamage.curvature import Curvature
+from eigendamage.errors import MissingFileError
 from eigendamage.files import written_beside
 from eigendamage.measure import evaluate
 from eigendamage.plan import Budget
@@ -47,7 +48,9 @@ def demo_command(
     2,000 training images without their labels; nothing is trained unless asked for.
     """
     if not out.parent.is_dir():
-        raise FileNotFoundError(f"--out {out}: the folder {out.parent} does not exist")
+        raise MissingFileError(
+            f"--out {out}: the folder {out.parent} does not exist; make it, or give another path"
+        )
     console = Console(quiet=as_json)
     model = zoo.demo_network()
     train, test = zoo.fashion_mnist("train"), zoo.fashion_mnist("test")

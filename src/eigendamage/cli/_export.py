@@ -11,7 +11,6 @@ import typer
 
 from eigendamage.cli._completion import MODEL_HELP, model_names
 from eigendamage.cli._sources import load_data, load_model
-from eigendamage.errors import EigenDamageError
 from eigendamage.export import Format, export
 from eigendamage.saving import load
 
@@ -41,11 +40,12 @@ def export_command(
     """
     if (data is None) == (shape is None):
         raise typer.BadParameter("give --data or --shape, one of them")
+    sizes = [] if shape is None else _sizes(shape)
     original = load_model(model, None, quiet=True)
     small = load(original, folder)
     if shape is not None:
         draws = torch.Generator().manual_seed(seed)
-        inputs = [torch.randn(_EXAMPLES, *_sizes(shape), generator=draws)]
+        inputs = [torch.randn(_EXAMPLES, *sizes, generator=draws)]
     else:
         assert data is not None
         inputs = load_data(
@@ -71,5 +71,7 @@ def export_command(
 def _sizes(text: str) -> list[int]:
     sizes = text.lower().split("x")
     if not all(size.isdecimal() and int(size) > 0 for size in sizes):
-        raise EigenDamageError(f"--shape is '{text}'; expected sizes like 3x224x224")
+        raise typer.BadParameter(
+            f"it is '{text}'; expected sizes like 3x224x224", param_hint="--shape"
+        )
     return [int(size) for size in sizes]

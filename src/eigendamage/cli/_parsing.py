@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
 
 import typer
 
-from eigendamage.errors import BudgetError
-from eigendamage.plan import ActionKind, Budget, Unit, wanted_actions
+from eigendamage.compare import ALL, Competitor
+from eigendamage.errors import EigenDamageError, FileError, NotAFolderError
+from eigendamage.plan import ActionKind, Budget, Unit, method_named, variant_of, wanted_actions
+
+
+@contextmanager
+def chosen_by(option: str) -> Generator[None]:
+    """Inside, what this library refuses is a wrong value of an option, and so wrong usage."""
+    try:
+        yield
+    except EigenDamageError as error:
+        raise typer.BadParameter(str(error), param_hint=option) from error
 
 
 def fractions(text: str, option: str) -> list[float]:
@@ -52,12 +63,10 @@ def budget(
     Raises:
         BadParameter: if it is not well formed.
     """
-    try:
+    with chosen_by(option):
         return Budget(
             macs=macs, params=params, bytes=bytes, latency=latency, loss=loss, ratio=ratio
         )
-    except BudgetError as error:
-        raise typer.BadParameter(str(error), param_hint=option) from error
 
 
 def floors(texts: Sequence[str]) -> dict[str, float]:
@@ -87,21 +96,52 @@ def kinds(text: str) -> tuple[ActionKind, ...]:
     """Kinds of actions separated by commas.
 
     Raises:
-        EigenDamageError: if there is none, or one is unknown.
+        BadParameter: if there is none, or one is unknown.
     """
     named = (part.strip() for part in text.split(",") if part.strip())
-    return wanted_actions(cast("Iterator[ActionKind]", named))
+    with chosen_by("--actions"):
+        return wanted_actions(cast("Iterator[ActionKind]", named))
+
+
+def refuse_unknown(method: str, variant: str | None) -> None:
+    """Look whether there is a method and a variant of it.
+
+    Raises:
+        BadParameter: if there is none.
+    """
+    with chosen_by("--method"):
+        method_named(method)
+    with chosen_by("--variant"):
+        variant_of(method, variant)
+
+
+def methods(text: str) -> Sequence[str]:
+    """Methods of a comparison separated by commas, or all.
+
+    Raises:
+        BadParameter: if there is none, or one is unknown.
+    """
+    if text == "all":
+        return ALL
+    with chosen_by("--methods"):
+        named = [Competitor.of(part).name for part in text.split(",") if part.strip()]
+    if not named:
+        raise typer.BadParameter("it names no method", param_hint="--methods")
+    return named
 
 
 def refuse_unwritable(out: Path) -> None:
     """Look whether the folder is there or can be made.
 
     Raises:
-        NotADirectoryError: if it is a file.
-        PermissionError: if it cannot be written to.
+        NotAFolderError: if it is a file.
+        FileError: if it cannot be written to.
     """
     if out.exists() and not out.is_dir():
-        raise NotADirectoryError(f"--out {out} is a file; name a folder")
+        raise NotAFolderError(f"--out {out} is a file; give a folder")
     there = next(p for p in (out, *out.absolute().parents) if p.exists())
     if not os.access(there, os.W_OK):
-        raise PermissionError(f"--out {out}: {there} cannot be written to")
+        raise FileError(
+            f"--out {out}: {there} cannot be written to; give a folder that can, or change its "
+            f"rights"
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from eigendamage import zoo
 from eigendamage.batches import Data, as_batch
 from eigendamage.distributed import rank
 from eigendamage.errors import DataError, EigenDamageError
+from eigendamage.integrations.huggingface import UnusedWeights
 from eigendamage.integrations.names import get_model, has_random_weights, raised, result_of
 
 _HELD_OUT = 0.1
@@ -54,14 +56,24 @@ class Training:
 def load_model(
     name: str, weights: Path | None, *, pretrained: bool = False, quiet: bool = False
 ) -> nn.Module:
-    """The model of that name, see `get_model`; a line on standard error if its weights are random.
+    """The model of that name, see `get_model`.
 
-    ``quiet`` leaves that line out, where the weights do not matter.
+    A line on standard error tells if its weights are random, or if its file has some that it does
+    not take; ``quiet`` leaves it out, where the weights do not matter.
 
     Raises:
         EigenDamageError: as `get_model` does.
     """
-    model = get_model(name, weights=weights, pretrained=pretrained)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", UnusedWeights)
+        model = get_model(name, weights=weights, pretrained=pretrained)
+    for warning in told:
+        if not issubclass(warning.category, UnusedWeights):
+            warnings.warn_explicit(
+                warning.message, warning.category, warning.filename, warning.lineno
+            )
+        elif rank() == 0 and not quiet:
+            print(f"note: {warning.message}", file=sys.stderr)
     if (
         has_random_weights(name, weights=weights, pretrained=pretrained)
         and rank() == 0

@@ -65,7 +65,9 @@ def estimate_curvature(
         model: the network. Its output, ``.logits`` of it, or the first item of a tuple is what the
             loss is taken of; the first axis is the batch.
         data: an iterable of batches: tensors, (input, label) pairs or dicts of keyword arguments
-            (with ``labels``). It is gone through twice; an iterator is kept in memory for that.
+            (with ``labels``); a ``forward`` that takes one argument and knows none of the
+            keywords gets the dict. It is gone through twice; an iterator is kept in memory for
+            that.
         loss: ``cross_entropy`` (summed over positions), ``causal_lm`` (the same, where a token's
             output predicts the next token), ``mse`` or ``bce`` (averaged over an example's
             outputs), or a function of (output, target) for ``fisher="empirical"``. Tokens that an
@@ -105,7 +107,8 @@ def estimate_curvature(
     Raises:
         NothingToCompressError: if the model has no compressible layer, or none that the loss
             depends on.
-        DataError: if there is no example or a batch has a form that is not known.
+        DataError: if there is no example, if a batch has a form that is not known, or if no
+            position counts: every label is ignored (-100) or every token masked.
         NonFiniteError: if inputs, weights, outputs or gradients hold a NaN or an infinity.
         LossError: if loss, output, labels and Fisher do not fit together.
         LayerError: if a layer's tensors cannot be told apart by example.

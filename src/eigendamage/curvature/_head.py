@@ -57,6 +57,10 @@ class Head(ABC):
         """Whether the loss of a batch can be measured: whether it has labels."""
         return batch.target is not None
 
+    def positions(self, output: Any, batch: Batch) -> int:
+        """How many positions of a batch's outputs count: all but ignored and padded ones."""
+        return batch.size
+
     @abstractmethod
     def per_example(self, output: Any, batch: Batch) -> Tensor:
         """The loss of each example, (n,)."""
@@ -80,6 +84,9 @@ class PredictiveHead(Head):
 
     def starts(self, output: Any) -> list[Tensor]:
         return [logits_of(output)]
+
+    def positions(self, output: Any, batch: Batch) -> int:
+        return self.draws(logits_of(output), batch)
 
     @abstractmethod
     def divergence(self, reference: Tensor, logits: Tensor, batch: Batch) -> Tensor:
@@ -142,7 +149,7 @@ class PredictiveHead(Head):
 
     @abstractmethod
     def draws(self, logits: Tensor, batch: Batch) -> int:
-        """How many uniform numbers `sampled` takes, one after another."""
+        """How many uniform numbers `sampled` takes, one after another: one a place that counts."""
 
     @abstractmethod
     def observed(self, logits: Tensor, batch: Batch) -> Tensor:

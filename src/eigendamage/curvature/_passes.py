@@ -19,7 +19,7 @@ from eigendamage.curvature._layer import LayerCurvature, factor_bases
 from eigendamage.curvature._patches import advance
 from eigendamage.curvature._sinks import EigenvalueSink, FactorSink, GradientSink, PatchWish
 from eigendamage.distributed import dealt, from_rank, gathered, rank, shared_out
-from eigendamage.errors import LayerError, MismatchError, NonFiniteError
+from eigendamage.errors import DataError, LayerError, MismatchError, NonFiniteError
 from eigendamage.layers import Layer, Trace
 from eigendamage.progress import track
 
@@ -60,9 +60,13 @@ class Passes:
             what: said of the pass while it runs.
             after_backward: called after each backward pass.
             before_batch: called before each batch with the number of examples before it.
+
+        Raises:
+            DataError: if no position of the data counts.
+            MismatchError: if the data is not that of the pass before.
         """
         random = torch.Generator().manual_seed(self._seed)
-        examples = 0
+        examples = counted = 0
         shown = track(self._batches, what, total=len(self._batches) or None, enabled=self._progress)
         with undisturbed(self._model), Capture(layers, sink) as capture:
             for step in dealt(shown):
@@ -79,6 +83,7 @@ class Passes:
                         capture.backward(seed)
                         if after_backward is not None:
                             after_backward()
+                counted += 0 if mine is None else self._counted(mine, output)
                 examples += sum(batch.size for batch in step)
         if self.examples and examples != self.examples:
             raise MismatchError(
@@ -86,6 +91,19 @@ class Passes:
                 f"{examples}; give data that can be gone through more than once, such as a list"
             )
         self.examples = examples
+        if not sum(gathered(counted)):
+            raise DataError(
+                f"no position of the {examples} examples counts for the loss: their labels are all "
+                f"-100 (ignored), their attention_mask excludes every token, or they have one "
+                f"token each, which for loss='causal_lm' has no next one. Give data in which some "
+                f"count; fisher='mc' (the default) and 'exact' need no labels"
+            )
+
+    def _counted(self, batch: Batch, output: Any) -> int:
+        tokens = batch.counted
+        if tokens is not None and not bool(tokens.any()):
+            return 0
+        return self._head.positions(output, batch)
 
     def _seeds(self, random: torch.Generator, batch: Batch | None, output: Any) -> Iterator[Seed]:
         if batch is not None:

@@ -16,7 +16,7 @@ from torch.export import ExportedProgram
 
 from eigendamage.batches import Batches, Data
 from eigendamage.calls import as_passed, device_of
-from eigendamage.errors import ExportError
+from eigendamage.errors import ExportError, MissingFileError
 from eigendamage.export._compare import Run, largest_difference, references
 from eigendamage.export._fold import batchnorms, fold_batchnorm
 from eigendamage.export._onnx import require_onnx, run_onnx, write_onnx
@@ -107,7 +107,7 @@ def export(
             package is missing, or if an output differs by more than the tolerance. No file is left
             then.
         DataError: if the model cannot run on the example.
-        FileNotFoundError: if the folder that is to hold the file does not exist.
+        MissingFileError: if the folder that is to hold the file does not exist.
     """
     if format not in get_args(Format):
         known = ", ".join(map(repr, get_args(Format)))
@@ -151,7 +151,10 @@ def export(
 
 def _require_place(path: Path, *, is_folder: bool) -> None:
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"cannot write {path}: the folder {path.parent} does not exist")
+        raise MissingFileError(
+            f"cannot write {path}: the folder {path.parent} does not exist; make it, or give "
+            f"another path"
+        )
     if path.exists() and path.is_dir() != is_folder:
         raise ExportError(f"cannot write {path}: it is a {'file' if is_folder else 'folder'}")
 

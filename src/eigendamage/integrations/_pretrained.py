@@ -11,7 +11,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from eigendamage.errors import EigenDamageError, FileFormatError
+from eigendamage.errors import EigenDamageError, FileError, FileFormatError, MissingFileError
 from eigendamage.integrations._conv1d import conv1d, plain_linears
 from eigendamage.integrations._extras import required
 from eigendamage.saving import Structure, describe, restore
@@ -66,7 +66,8 @@ def from_pretrained(
         FileFormatError: if the folder has no structure, or its files are damaged or do not fit
             one another, where the first name that does not fit is named; or if the configuration
             names no model of transformers.
-        FileNotFoundError: if a file is missing.
+        MissingFileError: if a file is missing.
+        FileError: if its config.json cannot be read.
         MismatchError: if the configuration makes another model than the structure is for.
     """
     folder = Path(directory)
@@ -92,7 +93,15 @@ def from_pretrained(
 
 def _structure(path: Path) -> Structure:
     try:
-        raw = json.loads(path.read_bytes())
+        content = path.read_bytes()
+    except FileNotFoundError as error:
+        raise MissingFileError(
+            f"there is no {path.name} in {path.parent}; give the folder that save_pretrained wrote"
+        ) from error
+    except OSError as error:
+        raise FileError(f"cannot read {path}: {error.strerror}") from error
+    try:
+        raw = json.loads(content)
         if not isinstance(raw, dict) or _KEY not in raw:
             raise FileFormatError(
                 f"{path} says nothing of '{_KEY}': this is no model that save_pretrained of "
@@ -155,13 +164,20 @@ def _was_plain(fresh: nn.Module, structure: Structure) -> bool:
 def _weights(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
-        if not (folder / "model.safetensors").is_file():
-            raise FileNotFoundError(f"there is no model.safetensors in {folder}")
-        return [folder / "model.safetensors"]
+        return [_there(folder / "model.safetensors")]
     try:
         names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise FileFormatError(f"{index} is no index of weights: {error}") from error
     if any(name != Path(name).name for name in names):
         raise FileFormatError(f"{index} names files outside of its folder")
-    return [folder / name for name in names]
+    return [_there(folder / name) for name in names]
+
+
+def _there(path: Path) -> Path:
+    if not path.is_file():
+        raise MissingFileError(
+            f"there is no {path.name} in {path.parent}; give the folder that save_pretrained "
+            f"wrote, whole"
+        )
+    return path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from eigendamage.integrations._pretrained import (
 __all__ = [
     "MeanPooled",
     "TokenBatch",
+    "UnusedWeights",
     "block_batches",
     "from_pretrained",
     "plain_linears",
@@ -31,6 +33,10 @@ __all__ = [
 
 TokenBatch = dict[str, Tensor]
 """``input_ids`` and ``attention_mask``, both (batch, tokens) of int64."""
+
+
+class UnusedWeights(UserWarning):
+    """A checkpoint holds weights that its model has no place for."""
 
 
 def pretrained_model(path: str) -> nn.Module:
@@ -46,7 +52,10 @@ def pretrained_model(path: str) -> nn.Module:
         ExtraError: if transformers is not installed.
         FileFormatError: if there is no such model, it has no safetensors, or its configuration
             names no model of transformers.
-        MismatchError: if the file lacks weights of the model.
+        MismatchError: if the file lacks weights of the model that are tied to none that it has.
+
+    Warns:
+        UnusedWeights: if it has weights that the model does not take. They are left out.
     """
     transformers: Any = required("transformers", "huggingface")
     try:
@@ -67,12 +76,25 @@ def pretrained_model(path: str) -> nn.Module:
         raise FileFormatError(
             f"hf:{path} cannot be read as {kind.__name__} from safetensors: {_first_line(error)}"
         ) from error
-    if missing := sorted(loaded["missing_keys"]):
+    if missing := loaded["missing_keys"]:
         raise MismatchError(
-            f"hf:{path} lacks {len(missing)} weights of {kind.__name__}, '{missing[0]}' first; "
-            f"they would be random. Take the model that was trained as {kind.__name__}"
+            f"hf:{path} lacks {len(missing)} weights of {kind.__name__} ({_some(missing)}); they "
+            f"would be random. Take the model that was trained as {kind.__name__}"
+        )
+    if unused := loaded["unexpected_keys"]:
+        warnings.warn(
+            f"hf:{path} has {len(unused)} weights that {kind.__name__} does not take "
+            f"({_some(unused)}); they are left out. If it was trained as another model, name that "
+            f"under architectures in its config.json",
+            UnusedWeights,
+            stacklevel=2,
         )
     return plain_linears(model).eval()
+
+
+def _some(names: Iterable[str]) -> str:
+    ordered = sorted(names)
+    return ", ".join(f"'{name}'" for name in ordered[:3]) + (", …" if len(ordered) > 3 else "")
 
 
 def _first_line(error: Exception) -> str:

@@ -7,9 +7,11 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import SingleDeviceStrategy
+from torch import nn
 
 from eigendamage.batches import Data
 from eigendamage.compress import compress
+from eigendamage.errors import MismatchError
 from eigendamage.integrations._live import (
     Compressor,
     LiveRounds,
@@ -76,10 +78,15 @@ class CompressionCallback(Callback):
         return self._rounds.reports
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse a training that is shared out, or in which there would be no round."""
+        """Refuse a training that is shared out, or in which there would be no round.
+
+        Raises:
+            EigenDamageError: if it is one.
+            MismatchError: if the LightningModule has no module at the path of the network.
+        """
         alone = isinstance(trainer.strategy, SingleDeviceStrategy)
         require_one_process(f"{type(trainer.strategy).__name__} of this Trainer", alone=alone)
-        self._rounds.begin(pl_module.get_submodule(self._network))
+        self._rounds.begin(self._network_of(pl_module))
 
     def on_train_batch_end(
         self,
@@ -109,4 +116,14 @@ class CompressionCallback(Callback):
         data = self._data
         if data is None:
             data = some_batches(trainer.train_dataloader, self._batches, self._seed)
-        self._rounds.take(pl_module.get_submodule(self._network), data, trainer.optimizers)
+        self._rounds.take(self._network_of(pl_module), data, trainer.optimizers)
+
+    def _network_of(self, pl_module: LightningModule) -> nn.Module:
+        try:
+            return pl_module.get_submodule(self._network)
+        except AttributeError as error:
+            known = [name for name, _ in pl_module.named_modules()][1:9]
+            raise MismatchError(
+                f"network='{self._network}': the {type(pl_module).__name__} has no module of that "
+                f"path; some that it has are {', '.join(known) or 'none'}"
+            ) from error

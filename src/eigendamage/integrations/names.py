@@ -48,6 +48,9 @@ def get_model(
             cause), or if ``pretrained`` is not for this kind of name.
         FileFormatError: if the file is missing, or holds no state dict.
         MismatchError: if the weights do not fit the model.
+
+    Warns:
+        UnusedWeights: if the file of an ``hf:`` model has weights that it does not take.
     """
     kind, _, rest = name.partition(":")
     if pretrained and kind not in ("timm", "torchvision"):

@@ -10,7 +10,7 @@ from torch import nn
 
 from eigendamage.curvature import Curvature, EigenvalueKind
 from eigendamage.distributed import from_first, one_fate
-from eigendamage.errors import BudgetError, EigenDamageError, MismatchError
+from eigendamage.errors import BudgetError, DataError, EigenDamageError, MismatchError
 from eigendamage.plan._auto import plan_auto
 from eigendamage.plan._blocks import FormChoice, plan_blocks
 from eigendamage.plan._budget import Budget, cost_of
@@ -24,6 +24,7 @@ from eigendamage.plan._methods import (
     AutoMethod,
     BlockMethod,
     ChannelMethod,
+    Method,
     WeightMethod,
     method_named,
     variant_of,
@@ -113,6 +114,8 @@ def make_plan(
         BudgetError: if the budget cannot be met; the message says what can.
         NothingToCompressError: if no layer would change although the budget asks for it.
         MismatchError: if the curvature is of another model.
+        DataError: if the curvature of every layer is zero, so that a method other than ``auto``
+            has nothing to choose by.
         EigenDamageError: if the curvature lacks what the method needs, or an option is unknown.
     """
     variant = check_options(
@@ -137,6 +140,7 @@ def make_plan(
             f"method '{method}' needs {', '.join(missing)}, which the curvature has not; give "
             f"also={known.needs!r} to estimate_curvature"
         )
+    _refuse_blind(curvature, method, known)
     layers = matching_layers(model, curvature)
     task = Task(
         model=model,
@@ -176,6 +180,20 @@ def make_plan(
         case WeightMethod():
             result = plan_weights(task, known)
     return from_first(_plan(task, method, variant, result))
+
+
+def _refuse_blind(curvature: Curvature, method: str, known: Method) -> None:
+    """Refuse to rank by prices that are all zero; ``auto`` has a guess of its own, and says so."""
+    by_loss = isinstance(known, BlockMethod) or {"patches", "gradients"} & {*known.needs}
+    if isinstance(known, AutoMethod) or not by_loss:
+        return
+    if not any(bool(layer.S.any()) for layer in curvature.values()):
+        raise DataError(
+            f"the curvature of all {len(curvature)} layers is exactly zero: the predictions on the "
+            f"data depend on none of them as far as numbers show, so '{method}' would choose at "
+            f"random. Is the model trained, and the data what it was trained for? If so, take "
+            f"method='auto', which goes by the change of outputs"
+        )
 
 
 def _plan(task: Task, method: str, variant: str | None, result: Result) -> Plan:

@@ -62,7 +62,7 @@ def write_page(
     """Write `report_page` to a file, beside it first and then renamed.
 
     Raises:
-        FileNotFoundError: if the folder does not exist.
+        MissingFileError: if the folder does not exist.
     """
     with written_beside(path) as beside:
         beside.write_text(report_page(report, sweep=sweep, comparison=comparison), encoding="utf-8")

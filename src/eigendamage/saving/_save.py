@@ -16,6 +16,7 @@ from eigendamage.layers import saved_tensors
 from eigendamage.plan import Plan
 from eigendamage.report import Report, write_page
 from eigendamage.saving._describe import describe
+from eigendamage.saving._held import contradiction
 from eigendamage.saving._rebuild import rebuild
 from eigendamage.saving._structure import Structure
 from eigendamage.saving._weights import read_weights, write_weights
@@ -115,20 +116,21 @@ def load(
         MissingFileError: if one of the two is missing.
 
     Warns:
-        UserWarning: if the plan or the report cannot be read. The model is loaded without it.
+        UserWarning: if the plan or the report cannot be read, or the plan is not what the
+            structure came about by. The model is loaded without it.
     """
     folder = Path(directory)
     structure = Structure.load(folder / STRUCTURE)
     if not (folder / WEIGHTS).is_file():
         raise MissingFileError(f"there is no {WEIGHTS} in {folder}")
-    made, faults = _made(folder)
+    loaded = restore(model, structure, [folder / WEIGHTS], device=device)
+    made, faults = _made(folder, structure)
     for fault in faults:
         warnings.warn(
             f"{fault}. The model is whole without it, and is loaded as one that knows neither its "
             f"plan nor its report; save it to another folder, as files here would be replaced",
             stacklevel=2,
         )
-    loaded = restore(model, structure, [folder / WEIGHTS], device=device)
     if made is not None:
         set_made(loaded, made)
     return loaded
@@ -155,11 +157,14 @@ def restore(
     return smaller if device is None else smaller.to(device)
 
 
-def _made(folder: Path) -> tuple[Made | None, list[str]]:
-    """What the folder tells of how the model was made, and what of it cannot be read, and why."""
+def _made(folder: Path, structure: Structure) -> tuple[Made | None, list[str]]:
+    """What the folder tells of how the model was made, and what of it cannot be taken, and why."""
     faults: list[str] = []
     report = _told(Report, folder / REPORT, faults)
     plan = _told(Plan, folder / PLAN, faults)
+    if plan is not None and (odd := contradiction(plan, structure)) is not None:
+        faults.append(f"{folder / PLAN}, of method '{plan.method}', is of another model: {odd}")
+        return None, faults
     if plan is not None:
         return Made(plan, report), faults
     if report is not None and not faults:
