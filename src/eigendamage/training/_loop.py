@@ -322,7 +322,11 @@ class _Run:
 
 def _optimizer(parameters: list[nn.Parameter], config: FinetuneConfig) -> torch.optim.Optimizer:
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, lr=config.peak, weight_decay=config.weight_decay)
+        # One kernel a parameter; elsewhere torch joins them by itself.
+        fused = all(p.device.type == "cpu" and p.is_floating_point() for p in parameters)
+        return torch.optim.AdamW(
+            parameters, lr=config.peak, weight_decay=config.weight_decay, fused=fused or None
+        )
     return torch.optim.SGD(
         parameters,
         lr=config.peak,
