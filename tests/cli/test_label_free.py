@@ -58,7 +58,7 @@ def _compress(folder: Path, *options: str) -> tuple[Result, ed.Report]:
 def test_polish_is_the_default_and_is_told_apart(folder: Path) -> None:
     done, report = _compress(folder, "--actions", "low-rank")
     assert report.polish is not None
-    assert len(report.polish.losses) == 5
+    assert len(report.polish.losses) == 6
     assert report.original.accuracy is None
     assert report.seconds["polish"] > 0
     if report.polished is not None:

@@ -99,7 +99,7 @@ def compress_command(
     polish: int | None = typer.Option(
         None,
         help="Passes of distilling the original at the end, without labels, on the images of the "
-        "curvature; 5 by default for auto without --epochs, else 0.",
+        "curvature; 6 by default for auto without --epochs, else 0.",
     ),
     augment: bool = typer.Option(
         True,

@@ -43,7 +43,7 @@ class PolishConfig:
         augment: changes inputs before both networks see them; None for nothing.
     """
 
-    passes: int = 5
+    passes: int = 6
     batch_size: int = 32
     learning_rate: float = 2e-3
     average: float = 0.98
