@@ -186,7 +186,7 @@ def test_a_short_call_is_repeated_within_a_sample() -> None:
         count += 1
 
     (ms,) = time_together([short], device=CPU, rounds=4, min_seconds=1e-3)
-    assert count > 4 * 10
+    assert count > 4 * 10  # unless both runs beforehand were interrupted
     assert 0 < ms < 1  # of one call, not of the sample
 
 

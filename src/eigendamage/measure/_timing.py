@@ -108,9 +108,9 @@ def samples_of(
     gc.disable()
     try:
         with torch.no_grad():
-            for one in calls:  # the first run chooses kernels and gets memory
-                one()
-            once = [_seconds(one, 1, device) for one in calls]
+            # The first run chooses kernels and gets memory; either may be interrupted.
+            first = [_seconds(one, 1, device) for one in calls]
+            once = [min(s, _seconds(one, 1, device)) for s, one in zip(first, calls, strict=True)]
             repeats = [max(1, math.ceil(min_seconds / max(s, 1e-9))) for s in once]
             a_round = sum(r * s for r, s in zip(repeats, once, strict=True))
             affordable = max(_FEWEST_ROUNDS, max_seconds / max(a_round, 1e-9))
