@@ -157,7 +157,7 @@ def seven_billion(found: dict[str, Any], *, tokens: int, flops: float, gpus: int
     d, m, layers = 4096, 11008, 32
     linear = [(d, d)] * 4 + [(m, d)] * 2 + [(d, m)]
     weights = layers * sum(o * i for o, i in linear)
-    passes = 3 * weights * tokens  # forward, and the backward pass to inputs and outputs
+    passes = 2 * 3 * weights * tokens  # twice forward and, to inputs and outputs, backward
     factors = layers * sum(o * o + i * i for o, i in linear) * tokens
     corrected = layers * sum(o * o * i + i * i * o for o, i in linear) * (tokens // 512)
     eigen = layers * sum(o**3 + i**3 for o, i in linear) * found["eigh_products"]

@@ -286,17 +286,19 @@ def test_convolutions_run_in_channels_last_where_nothing_changes(other: Any, cho
     batch = as_batch(x, 0, CPU)
     networks = [nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.Conv2d(6, 6, 3))]
     networks += [] if other is None else [other()]
-    before = [(p, p.stride(), p.detach().clone()) for n in networks for p in n.parameters()]
+    before = [
+        (p, p.data_ptr(), p.stride(), p.detach().clone()) for n in networks for p in n.parameters()
+    ]
     first = networks[0][0].weight
-    with channels_last([n.eval() for n in networks], batch):
+    with channels_last([n.eval() for n in networks], [batch]):
         assert first.is_contiguous(memory_format=torch.channels_last) is chosen
         assert networks[0](x).is_contiguous(memory_format=torch.channels_last) is chosen
         for network in networks:
             network(x).sum().backward()
-    for parameter, stride, value in before:
-        assert parameter.stride() == stride
+    for parameter, place, stride, value in before:
+        assert (parameter.data_ptr(), parameter.stride()) == (place, stride)
         assert torch.equal(parameter, value)
-    with pytest.raises(ZeroDivisionError), channels_last(networks, batch):
+    with pytest.raises(ZeroDivisionError), channels_last(networks, [batch]):
         raise ZeroDivisionError
     assert first.is_contiguous()
 
@@ -318,3 +320,35 @@ def test_polish_in_channels_last_is_polish_in_rows(monkeypatch: pytest.MonkeyPat
     for name, value in its.items():
         torch.testing.assert_close(mine[name], value, msg=name)
         assert mine[name].stride() == value.stride()
+
+
+class Pooled(nn.Module):
+    """Reads large images by ``view``, and small ones in a way that runs in any format."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 5, 3, padding=1)
+        self.head = nn.Linear(80, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = nn.functional.adaptive_avg_pool2d(self.conv(x), 4)
+        return self.head(y.flatten(1) if x.shape[-1] < 9 else y.view(len(x), 80))
+
+
+def test_a_shape_that_does_not_run_in_channels_last_keeps_all_in_rows() -> None:
+    torch.manual_seed(0)
+    original, model = Pooled().eval(), Pooled().eval()
+    sizes = (6, 6, 12, 6)
+    batches = [as_batch(torch.randn(4, 4, s, s), 0, CPU) for s in sizes]
+    config = ed.PolishConfig(passes=2)
+    done = polish(model, original, batches[:3], held_out=batches[3:], config=config, progress=False)
+    assert done.scores[-1] < done.scores[0]
+
+
+def test_a_frozen_model_is_polished_and_frozen_again() -> None:
+    original, model = network().requires_grad_(False), network(1).requires_grad_(False)
+    batches = list(Batches(images(4), CPU))
+    config = ed.PolishConfig(passes=2, learning_rate=1e-2)
+    done = polish(model, original, batches[:3], held_out=batches[3:], config=config, progress=False)
+    assert done.scores[-1] < done.scores[0]
+    assert not any(p.requires_grad for p in (*model.parameters(), *original.parameters()))

@@ -17,30 +17,30 @@ _BLOCK = 16  # channels that oneDNN computes at a time with AVX-512; 8 with AVX2
 
 
 @contextmanager
-def channels_last(networks: Sequence[nn.Module], batch: Batch) -> Generator[None]:
+def channels_last(networks: Sequence[nn.Module], batches: Sequence[Batch]) -> Generator[None]:
     """Run networks with channels_last weights where that changes nothing but the time.
 
     On the CPU, convolutions of few channels are computed from a third to a half faster so. Networks
-    that do not run that way on a batch, as those that call ``view`` on what a convolution returns,
-    or that do not return the same, stay as they are, all of them: what one returns meets what
-    another does. Outside of this the weights are in the format that they came in.
+    that do not run that way on some batch, as those that call ``view`` on what a convolution
+    returns, or that do not return the same, stay as they are, all of them: what one returns meets
+    what another does. Outside of this the weights are in the memory that they came in.
 
     Args:
         networks: run in the mode that they are in.
-        batch: an input of all of them.
+        batches: inputs of all of them, one of every shape that will come.
     """
     weights = [w for network in networks for w in _weights(network)]
     if not weights or not torch.backends.mkldnn.is_available():
         yield
         return
     with preserved_random_state():
-        before = [_returned(network, batch) for network in networks]
+        before = [_returned(network, b) for network in networks for b in batches]
     with _as_they_came(weights):
         for weight in weights:
             weight.data = weight.data.contiguous(memory_format=torch.channels_last)
         try:
             with preserved_random_state():
-                after = [_returned(network, batch) for network in networks]
+                after = [_returned(network, b) for network in networks for b in batches]
         except Exception:  # noqa: BLE001 - a user's model may raise anything
             same = False
         else:
@@ -78,15 +78,14 @@ def _close(mine: list[Tensor], its: list[Tensor]) -> bool:
 
 @contextmanager
 def _as_they_came(weights: Iterable[Tensor]) -> Generator[None]:
-    """Weights have the strides that they came with again after this."""
-    before = [(weight, weight.stride()) for weight in weights]
+    """Weights lie in the memory that they came in again after this, which others may share."""
+    before = [(weight, weight.data) for weight in weights]
     try:
         yield
     finally:
-        for weight, stride in before:
-            if weight.stride() != stride:
-                old = weight.data
-                weight.data = old.new_empty_strided(old.shape, stride).copy_(old)
+        for weight, place in before:
+            if weight.data_ptr() != place.data_ptr():
+                weight.data = place.copy_(weight.data)
 
 
 @contextmanager

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -103,7 +104,8 @@ def polish(
     Of several processes each does all of it.
 
     Args:
-        model: the network to train. Only parameters that require gradients change.
+        model: the network to train. Only parameters that require gradients change; all do if none
+            requires any, as in a model that was frozen to be used.
         original: the network that it was made of; not changed.
         data: what to train on; kept in memory.
         held_out: other inputs, to choose the best pass by.
@@ -117,7 +119,7 @@ def polish(
         DataError: if there is nothing to train on.
         LossError: if the loss is a function, which has no divergence.
         NonFiniteError: if the divergence becomes NaN or infinite.
-        EigenDamageError: if no parameter can be trained, or the config cannot be.
+        EigenDamageError: if the model has no parameter, or the config cannot be.
     """
     config = config or PolishConfig()
     training = config.training(seed)
@@ -129,16 +131,18 @@ def polish(
         features=features if config.feature_weight else (),
         feature_weight=config.feature_weight,
     )
+    data, judged = list(data), list(held_out)
     pool = Pool(data, config.batch_size)
-    judged = list(held_out)
+    shapes = {batch.shapes(): batch for batch in (*judged, *data)}
     if config.augment is not None:
         draws = torch.Generator().manual_seed(seed)
         judged = [_augmented(config.augment, b, draws) for _ in range(VIEWS) for b in judged]
     feed = PoolFeed(pool.shuffled, pool.steps, partial(_augmented, config.augment), seed)
     with (
+        _some_trained(model),
         training_of(model, original),
         evaluating(model),
-        channels_last((model, original), next(iter(pool.shuffled(torch.Generator())))),
+        channels_last((model, original), list(shapes.values())),
     ):
         return train(
             model,
@@ -153,6 +157,22 @@ def polish(
             what="polish",
             progress=progress,
         )
+
+
+@contextmanager
+def _some_trained(model: nn.Module) -> Generator[None]:
+    """All parameters of a frozen model require gradients meanwhile."""
+    parameters = [p for p in model.parameters() if p.is_floating_point()]
+    if any(p.requires_grad for p in parameters):
+        yield
+        return
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
 
 
 def _augmented(augment: Augment | None, batch: Batch, draws: torch.Generator) -> Batch:
