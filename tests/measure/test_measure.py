@@ -174,3 +174,10 @@ def test_the_standard_error_of_an_accuracy_is_the_spread_over_redrawn_data(token
 def test_without_class_labels_there_is_no_standard_error() -> None:
     found = ed.evaluate(nn.Linear(3, 2), [torch.randn(4, 3)], progress=False)
     assert (found.accuracy, found.accuracy_error) == (None, None)
+
+
+def test_labels_that_are_all_ignored_are_refused():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+    ignored = [(torch.randn(5, 2, 2), torch.full((5,), -100))]
+    with pytest.raises(ed.DataError, match="no position of the 5 examples counts"):
+        ed.evaluate(model, ignored, progress=False)

@@ -22,6 +22,7 @@ from eigendamage.curvature import (
     head_of,
     preserved_random_state,
 )
+from eigendamage.errors import DataError
 from eigendamage.layers import evaluating
 from eigendamage.progress import track
 
@@ -87,7 +88,7 @@ def evaluate(
         progress: whether to show progress.
 
     Raises:
-        DataError: if there is no example.
+        DataError: if there is no example, or none of which a position counts.
         NonFiniteError: if an input or the model's output holds a NaN or an infinity.
         LayerError: if the model fails on a batch.
     """
@@ -171,6 +172,12 @@ class _Tally:
 
     def result(self) -> Evaluation:
         n = self._examples
+        if isinstance(self._head, CrossEntropy) and not self._positions:
+            raise DataError(
+                f"no position of the {n} examples counts for the loss: their labels are all -100 "
+                f"(ignored), or their attention_mask excludes every token. Give data in which some "
+                f"count"
+            )
         judged = self._labelled and self._accuracy.total
         return Evaluation(
             examples=n,
