@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Callable, Generator, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR
 
 from eigendamage.batches import Batch
-from eigendamage.distributed import from_first, summed, with_first_state, world
-from eigendamage.errors import EigenDamageError, NonFiniteError, ProcessError
+from eigendamage.distributed import from_first, summed, with_first_state
+from eigendamage.errors import NonFiniteError
 from eigendamage.progress import track
+from eigendamage.training._accelerator import accelerator_of
 from eigendamage.training._checkpoint import Checkpoint, random_state, restore_random_state
 from eigendamage.training._config import FinetuneConfig
 from eigendamage.training._feed import Feed
 from eigendamage.training._layout import narrow_shortcuts_in_rows
+from eigendamage.training._optimizer import optimizer_of, schedule_of
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ def train(
     Raises:
         NonFiniteError: if the loss, a weight or a score becomes NaN or infinite.
     """
-    with narrow_shortcuts_in_rows(model), _accelerator(config, device) as accelerator:
+    with narrow_shortcuts_in_rows(model), accelerator_of(config, device) as accelerator:
         run = _Run(model, feed, objective, config, accelerator, score, checkpoint, least)
         if processes > 1:
             run.share_out()
@@ -85,35 +84,6 @@ def train(
         for _ in steps:
             pass
         return run.finished()
-
-
-@contextmanager
-def _accelerator(config: FinetuneConfig, device: torch.device) -> Generator[Accelerator]:
-    """An accelerator of our own; a user's keeps its settings, which accelerate shares by class."""
-    if config.precision == "fp16" and device.type == "cpu":
-        # accelerate would train in full precision without a word.
-        raise EigenDamageError("precision 'fp16' needs a GPU; on the CPU give 'bf16' or 'no'")
-    if world() == 1 and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        # accelerate would make a group of its own, which the rest of this run knows nothing of.
-        raise ProcessError(
-            "WORLD_SIZE says that there are several processes, but there is no group of them: call "
-            "torch.distributed.init_process_group first"
-        )
-    shared: list[dict[str, Any]] = [
-        state._shared_state  # pyright: ignore[reportPrivateUsage]
-        for state in (AcceleratorState, GradientState, PartialState)
-    ]
-    before = [dict(state) for state in shared]
-    for state in shared:
-        state.clear()
-    try:
-        yield Accelerator(
-            mixed_precision=config.precision, cpu=device.type == "cpu", device_placement=False
-        )
-    finally:
-        for state, old in zip(shared, before, strict=True):
-            state.clear()
-            state.update(old)
 
 
 class _Run:
@@ -139,8 +109,8 @@ class _Run:
         self._checkpoint = checkpoint
         self._least = least
         self._trained = [p for p in model.parameters() if p.requires_grad]
-        self._optimizer: Any = accelerator.prepare_optimizer(_optimizer(self._trained, config))
-        self._schedule = _schedule(self._optimizer.optimizer, config, self._updates)
+        self._optimizer: Any = accelerator.prepare_optimizer(optimizer_of(self._trained, config))
+        self._schedule = schedule_of(self._optimizer.optimizer, config, self._updates)
         self._wrapped: nn.Module = model
         self._average = [p.detach().clone() for p in self._trained] if config.average else []
         self._epoch = 0
@@ -318,34 +288,3 @@ class _Run:
         if state["scaler"] is not None and self._accelerator.scaler is not None:
             self._accelerator.scaler.load_state_dict(state["scaler"])
         self._random = state["random"]
-
-
-def _optimizer(parameters: list[nn.Parameter], config: FinetuneConfig) -> torch.optim.Optimizer:
-    if config.optimizer == "adamw":
-        # One kernel a parameter; elsewhere torch joins them by itself.
-        fused = all(p.device.type == "cpu" and p.is_floating_point() for p in parameters)
-        return torch.optim.AdamW(
-            parameters, lr=config.peak, weight_decay=config.weight_decay, fused=fused or None
-        )
-    return torch.optim.SGD(
-        parameters,
-        lr=config.peak,
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
-        nesterov=config.momentum > 0,
-    )
-
-
-def _schedule(
-    optimizer: torch.optim.Optimizer, config: FinetuneConfig, updates: int
-) -> LRScheduler:
-    if config.schedule == "one-cycle":
-        return OneCycleLR(
-            optimizer,
-            config.peak,
-            total_steps=max(2, updates + 1),
-            cycle_momentum=False,
-        )
-    if config.schedule == "cosine":
-        return CosineAnnealingLR(optimizer, T_max=updates)
-    return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
