@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import eigendamage as ed
-from eigendamage.batches import Batches, as_batch
+from eigendamage.batches import Batch, Batches, as_batch
 from eigendamage.training import Training, polish
 from eigendamage.training._layout import channels_last
 
@@ -322,6 +322,12 @@ def test_polish_in_channels_last_is_polish_in_rows(monkeypatch: pytest.MonkeyPat
         assert mine[name].stride() == value.stride()
 
 
+def assert_it_helps(model: nn.Module, original: nn.Module, batches: list[Batch]) -> None:
+    config = ed.PolishConfig(passes=2, learning_rate=1e-2)
+    done = polish(model, original, batches[:3], held_out=batches[3:], config=config, progress=False)
+    assert done.scores[-1] < done.scores[0]
+
+
 class Pooled(nn.Module):
     """Reads large images by ``view``, and small ones in a way that runs in any format."""
 
@@ -340,15 +346,11 @@ def test_a_shape_that_does_not_run_in_channels_last_keeps_all_in_rows() -> None:
     original, model = Pooled().eval(), Pooled().eval()
     sizes = (6, 6, 12, 6)
     batches = [as_batch(torch.randn(4, 4, s, s), 0, CPU) for s in sizes]
-    config = ed.PolishConfig(passes=2)
-    done = polish(model, original, batches[:3], held_out=batches[3:], config=config, progress=False)
-    assert done.scores[-1] < done.scores[0]
+    assert_it_helps(model, original, batches)
 
 
 def test_a_frozen_model_is_polished_and_frozen_again() -> None:
     original, model = network().requires_grad_(False), network(1).requires_grad_(False)
     batches = list(Batches(images(4), CPU))
-    config = ed.PolishConfig(passes=2, learning_rate=1e-2)
-    done = polish(model, original, batches[:3], held_out=batches[3:], config=config, progress=False)
-    assert done.scores[-1] < done.scores[0]
+    assert_it_helps(model, original, batches)
     assert not any(p.requires_grad for p in (*model.parameters(), *original.parameters()))
