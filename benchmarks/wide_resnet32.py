@@ -7,8 +7,8 @@ Torch-Pruning's GroupTaylor. The last epoch counts everywhere; the test split is
     python benchmarks/wide_resnet32.py --data CIFAR10.zip --work FOLDER
 
 Everything goes on from ``--work`` where it was stopped, so on a machine that is lent for minutes
-run it as ``timeout 480 python …`` again and again. On a GPU it trains in bfloat16, channels_last,
-with the images there. ``--network resnet20x2`` is for a CPU: a ResNet-20 of twice the usual width.
+run it as ``timeout 480 python …`` again and again. It trains in bfloat16 (``--precision no`` where
+a processor has none), channels_last; on a GPU with the images there. ``--network resnet20x2`` is for a CPU: a ResNet-20 of twice the usual width.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class Run:
             epochs=epochs,
             learning_rate=rate,
             held_out=0.0,
-            precision="bf16" if self.device.type == "cuda" else "no",
+            precision=self.given.precision,
             seed=self.given.seed,
         )
 
@@ -185,6 +185,7 @@ class Run:
             "epochs": self.given.epochs,
             "last_epochs": self.given.last_epochs,
             "images": len(self.train),
+            "precision": self.given.precision,
             "device": str(self.device),
             "seconds_since_the_last_start": round(time.perf_counter() - start, 1),
         }
@@ -223,6 +224,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=5, help="after each round")
     parser.add_argument("--last-epochs", type=int, default=20, help="in the end")
     parser.add_argument("--rate", type=float, default=0.02, help="of fine-tuning")
+    parser.add_argument("--precision", choices=("bf16", "no"), default="bf16", help="of training")
     parser.add_argument("--images", type=int, help="fewer than all, to try it")
     parser.add_argument("--seed", type=int, default=0)
     here = Path(__file__).parent / "results" / "wide_resnet32.json"
