@@ -4,7 +4,8 @@ All see the same 2,000 images of the training split: ours and the SVD without la
 Torch-Pruning's Taylor and Hessian with them. Every competitor's batch norm is measured anew on
 those images, which is its result without training (of `auto` it is the repaired model). With
 ``--epochs`` each is trained alike: on the training split less a tenth, which is held out to choose
-the epoch by; labels and distillation, crops and flips. The test split is only measured on. Run
+the epoch by; labels and distillation, crops and flips, in bfloat16 (``--precision no`` where a
+processor has none). The test split is only measured on. Run
 
     python benchmarks/peers.py --network resnet20 --data CIFAR10.zip --weights resnet20.safetensors
 
@@ -145,7 +146,12 @@ class Harness:
         ed.finetune(
             small,
             self.train.batches(128, shuffle_seed=self.seed, augment=True),
-            ed.FinetuneConfig(epochs=epochs, learning_rate=LEARNING_RATE, seed=self.seed),
+            ed.FinetuneConfig(
+                epochs=epochs,
+                learning_rate=LEARNING_RATE,
+                precision=self.given.precision,
+                seed=self.seed,
+            ),
             original=original,
             progress=False,
         )
@@ -175,6 +181,7 @@ class Harness:
         }
         if epochs:
             start = time.perf_counter()
+            row["precision"] = self.given.precision
             row["tuned"] = self.tuned(small, epochs)
             row["training_seconds"] = round(time.perf_counter() - start, 1)
         return row
@@ -204,6 +211,7 @@ def main() -> None:
     parser.add_argument("--budgets", type=float, nargs="+", default=BUDGETS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--epochs", type=int, default=0, help="of training after each")
+    parser.add_argument("--precision", choices=("bf16", "no"), default="bf16", help="of training")
     parser.add_argument("--methods", nargs="+", default=[""], help="only with this in their name")
     parser.add_argument("--again", action="store_true", help="also what has a row")
     here = Path(__file__).parent / "results" / "peers.json"
