@@ -15,7 +15,7 @@ import torch
 import torch_pruning as tp
 from tensorly.decomposition import partial_tucker
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 
 import eigendamage as ed
 from eigendamage.zoo._resnet import ZeroPadShortcut
@@ -73,6 +73,36 @@ class CopiedChannels(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(x)
+
+
+class IndexedShortcut(nn.Module):
+    """What a shortcut that copies channels is where it is deployed: a choice of channels, or zero.
+
+    Args:
+        conv: a convolution each of whose outputs copies one input or none.
+    """
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.stride = conv.stride
+        copied = conv.weight.detach()[:, :, 0, 0]
+        if not bool(((copied == 0) | (copied == 1)).all() and (copied.sum(1) <= 1).all()):
+            raise ValueError("this shortcut does more than copy channels")
+        nothing = torch.full((len(copied),), conv.in_channels)
+        self.register_buffer("index", torch.where(copied.any(1), copied.argmax(1), nothing))
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept = x[:, :, :: self.stride[0], :: self.stride[1]]
+        return pad(kept, (0, 0, 0, 0, 0, 1)).index_select(1, self.index)
+
+
+def with_indexed_shortcuts(model: nn.Module) -> nn.Module:
+    """The same function, as one would deploy it: without the stand-ins that only copy."""
+    model = copy.deepcopy(model)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, CopiedChannels):
+            put(model, name, IndexedShortcut(module.conv))
+    return model
 
 
 def shortcut_macs(model: nn.Module, example: Tensor) -> int:
@@ -149,7 +179,13 @@ IMPORTANCES: dict[str, Callable[[nn.Module, Known], tp.importance.Importance]] =
 
 
 def torch_pruned(
-    model: nn.Module, example: Tensor, known: Known, name: str, isomorphic: bool, kept: float
+    model: nn.Module,
+    example: Tensor,
+    known: Known,
+    name: str,
+    isomorphic: bool,
+    kept: float,
+    multiple: int | None = None,
 ) -> nn.Module:
     """Channels removed in one step by one of Torch-Pruning's importances."""
     small = copy.deepcopy(model)
@@ -161,6 +197,7 @@ def torch_pruned(
         isomorphic=isomorphic,
         pruning_ratio=1 - kept,
         ignored_layers=[small.linear],
+        round_to=multiple,
     )
     pruner.step()
     small.zero_grad()
@@ -275,8 +312,10 @@ def competitors(
 
         return closest(make, macs)
 
-    def pruned(name: str, isomorphic: bool, budget: float) -> nn.Module:
-        make = partial(torch_pruned, convolved, example, known, name, isomorphic)
+    def pruned(
+        name: str, isomorphic: bool, budget: float, multiple: int | None = None
+    ) -> nn.Module:
+        make = partial(torch_pruned, convolved, example, known, name, isomorphic, multiple=multiple)
         return fitted(make, budget)
 
     def by_svd(whitened: bool, budget: float) -> nn.Module:

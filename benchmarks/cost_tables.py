@@ -108,37 +108,3 @@ def sentence_encoder(results: Results, table: Table) -> str:
         f"{first['machine']['threads']} threads, busy with other work; torch "
         f"{first['versions']['torch']}, eigendamage {first['versions']['eigendamage']}."
     )
-
-
-def latency_peers(results: Results, table: Table) -> str:
-    """Of every network: accuracy, and time relative to the original in each way of running."""
-    parts: list[str] = []
-    for network in dict.fromkeys(row["network"] for row in results["rows"]):
-        rows = [row for row in results["rows"] if row["network"] == network]
-        made = [row for row in rows if "milliseconds" in row]
-        original = next(row for row in made if row["candidate"] == "original")["milliseconds"]
-        lines = [
-            [
-                row["candidate"],
-                f"{100 * row['macs']:.0f} %",
-                f"{100 * row['accuracy']:.1f} %",
-                *(f"{spent / original[way]:.2f}" for way, spent in row["milliseconds"].items()),
-            ]
-            for row in sorted(made, key=lambda row: -row["accuracy"])
-        ]
-        lines += [
-            [row["candidate"], "refused", *["–"] * (1 + len(original))]
-            for row in rows
-            if "refused" in row
-        ]
-        header = ["network", "MACs left", "accuracy", *original]
-        parts += [f"**{network}**", table(header, lines)]
-    first = results["rows"][0]
-    threads, cores = first["machine"]["threads"], first["machine"]["cores"]
-    parts.append(
-        f"Times as fractions of the original's, medians of {results['rounds']} rounds in which all "
-        f"take turns; the number after the way is the batch. No training. `{results['command']}`, "
-        f"seed 0, {threads} threads of {cores} cores; torch "
-        f"{first['versions']['torch']}, eigendamage {first['versions']['eigendamage']}."
-    )
-    return "\n\n".join(parts)

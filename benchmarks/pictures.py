@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import latency_tables
 import peers_tables
 
 MISSING = "*Not measured yet.*"
@@ -232,6 +233,15 @@ PICTURES: dict[str, Picture] = {
         "epochs, for three of our methods, three of Torch-Pruning's, SVD and Tucker-2.",
         peers_tables.points,
         peers_tables.panels,
+    ),
+    "latency-picture": Picture(
+        "latency_peers.json",
+        Path("docs/images/latency.svg"),
+        "Two panels of accuracy without training over the time of a call, at a batch of 1 and of "
+        "64: auto by MACs, by latency and with channels alone, and Torch-Pruning's GroupTaylor and "
+        "GroupMagnitude.",
+        latency_tables.points,
+        latency_tables.panels,
     ),
 }
 """The pictures, by their names in the pages."""

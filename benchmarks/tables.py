@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import cost_tables
+import latency_tables
 import peers_tables
 from pictures import MISSING, PICTURES, demo_reports, load
 
@@ -590,7 +591,7 @@ TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     ),
     "latency-peers": (
         "latency_peers.json",
-        lambda results: cost_tables.latency_peers(results, table),
+        lambda results: latency_tables.render(results, table),
     ),
     "growth": ("growth.json", lambda results: cost_tables.growth(results, table)),
     "simulated": ("growth.json", lambda results: cost_tables.simulated(results, table)),
