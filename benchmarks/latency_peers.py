@@ -61,7 +61,8 @@ def candidates(given: argparse.Namespace, model: nn.Module) -> dict[str, nn.Modu
     others = competitors(model, example, few.batches(125), curvature)
     found: dict[str, nn.Module | str] = {"original": copy.deepcopy(model)}
 
-    def ours(budget: ed.Budget, **options: Any) -> nn.Module | str:
+    def ours(name: str, budget: ed.Budget, **options: Any) -> nn.Module | str:
+        print(f"making {name}", flush=True)
         try:
             return ed.compress(
                 model,
@@ -75,14 +76,13 @@ def candidates(given: argparse.Namespace, model: nn.Module) -> dict[str, nn.Modu
             return str(error)
 
     for budget in given.budgets:
-        found[f"auto, macs {budget:g}"] = ours(ed.Budget(macs=budget))
-        found[f"auto, channels alone, macs {budget:g}"] = ours(
-            ed.Budget(macs=budget), actions=("channels",)
-        )
+        name = f"auto, macs {budget:g}"
+        found[name] = ours(name, ed.Budget(macs=budget))
+        name = f"auto, channels alone, macs {budget:g}"
+        found[name] = ours(name, ed.Budget(macs=budget), actions=("channels",))
         for batch in (1, 64):
-            found[f"auto, latency {budget:g} at batch {batch}"] = ours(
-                ed.Budget(latency=budget), latency_batch=batch
-            )
+            name = f"auto, latency {budget:g} at batch {batch}"
+            found[name] = ours(name, ed.Budget(latency=budget), latency_batch=batch)
         for name, multiple in product(OTHERS, (1, 8)):
             small = with_indexed_shortcuts(others[name](budget, multiple=multiple))
             ed.recalibrate_batchnorm(small, unlabeled, progress=False)
@@ -149,7 +149,12 @@ def main() -> None:
         for way in ("eager", "channels_last", "torch.compile", "onnxruntime"):
             for batch in (1, 64):
                 x = test.images[:batch].clone()
+                print(f"preparing {way}, {batch}", flush=True)
                 each = calls(list(models.values()), x, way, folder)
+                with torch.no_grad():
+                    for call in each:
+                        call()
+                print(f"timing {way}, {batch}", flush=True)
                 found = time_together(
                     each, device=torch.device("cpu"), rounds=ROUNDS, min_seconds=SAMPLE
                 )
