@@ -2,7 +2,8 @@
 
 A network is trained from scratch on CIFAR-10. Then, each in rounds with the same fine-tuning:
 `auto`; the official rule (EigenDamage with Λ_S Λ_A and three stages); Torch-Pruning's GroupTaylor;
-and EigenDamage as this library does it. The last epoch counts everywhere; the test split is only measured on.
+and EigenDamage as this library does it. The last epoch counts everywhere; the test split is only
+measured on.
 
     python benchmarks/wide_resnet32.py --data CIFAR10.zip --work FOLDER
 
