@@ -178,7 +178,7 @@ def test_what_cannot_be_meant_is_refused_before_anything_runs() -> None:
         def __iter__(self) -> Iterator[Tensor]:
             raise AssertionError("the data was read")
 
-    for wrong in ({"method": "magic"}, {"max_ratio": 2.0}):
+    for wrong in ({"method": "magic"}, {"max_ratio": 2.0}, {"multiple": 0}):
         with pytest.raises(ed.EigenDamageError, match=next(iter(wrong))):
             ed.compress(_network(), Untouched(), budget=ed.Budget(macs=0.5), **wrong)
     x = torch.randn(4, 8)
