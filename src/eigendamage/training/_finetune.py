@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from eigendamage.batches import Batch, Batches, Data, iterable_of, tensors_in
-from eigendamage.calls import device_of
+from eigendamage.calls import device_of, require_gradients_possible
 from eigendamage.curvature import Loss, head_of, loss_name
 from eigendamage.distributed import (
     failing_alone,
@@ -196,8 +196,10 @@ def training_of(model: nn.Module, original: nn.Module | None) -> Generator[None]
     """What is put back after training, and what is put back only if it fails.
 
     Raises:
-        EigenDamageError: if no parameter can be trained.
+        EigenDamageError: if no parameter can be trained, or the model was made under
+            ``torch.inference_mode()``.
     """
+    require_gradients_possible(model)
     if not any(p.requires_grad for p in model.parameters()):
         raise EigenDamageError("no parameter of the model is trainable; set requires_grad first")
     before = {name: value.clone() for name, value in model.state_dict().items()}
