@@ -8,7 +8,8 @@ Torch-Pruning's GroupTaylor. The last epoch counts everywhere; the test split is
 
 Everything goes on from ``--work`` where it was stopped, so on a machine that is lent for minutes
 run it as ``timeout 480 python …`` again and again. It trains in bfloat16 (``--precision no`` where
-a processor has none), channels_last; on a GPU with the images there. ``--network resnet20x2`` is for a CPU: a ResNet-20 of twice the usual width.
+a processor has none), channels_last; on a GPU with the images there. ``--network resnet20x2`` is
+for a CPU: a ResNet-20 of twice the usual width.
 """
 
 from __future__ import annotations
