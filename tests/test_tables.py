@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import re
@@ -31,6 +32,17 @@ def check(root: Path) -> subprocess.CompletedProcess[str]:
         text=True,
         check=False,
     )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the benchmark reads /proc")
+def test_growth_s_peak_of_memory_leaves_out_what_came_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    growth = importlib.import_module("growth")
+    bytearray(400_000_000)  # an earlier peak, gone again
+    size, peak = growth.peak_above_start(lambda: len(bytearray(100_000_000)))
+    assert 0.9 * size < peak < 1.5 * size
 
 
 def python_blocks(page: Path) -> list[str]:
