@@ -1,7 +1,8 @@
 """How time and memory of `compress` grow with width, depth, resolution and samples.
 
 A plain CNN with random weights, one axis drawn out at a time, each size in a process of its own:
-seconds of every stage, and by how much the resident memory peaks above the loaded network and data.
+seconds of every stage, and by how much the resident memory peaks above what is resident when the
+call starts: Python, the network and its data. What peaked before is forgotten, by /proc of Linux.
 The exponent is the slope of a line through the logarithms. Then, from rates measured here, what a
 language model of 7 billion parameters would take. Run
 
@@ -13,15 +14,14 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import resource
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from recording import machine, record, versions
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 import eigendamage as ed
 
+Result = TypeVar("Result")
 STAGES = ("curvature", "menus", "plan", "calibration", "surgery", "repair")
 
 
@@ -69,8 +70,17 @@ def network(size: Size) -> nn.Module:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10))
 
 
-def peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def peak_above_start(run: Callable[[], Result]) -> tuple[Result, int]:
+    """What a call returns, and by how many bytes the resident memory peaks above that before it."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forgets earlier peaks
+    before = _kilobytes("VmRSS")
+    result = run()
+    return result, (_kilobytes("VmHWM") - before) * 1024
+
+
+def _kilobytes(field: str) -> int:
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
 
 def compressed(model: nn.Module, data: list[Tensor]) -> ed.Compressed:
@@ -95,11 +105,11 @@ def measured(size: Size) -> dict[str, Any]:
     ed.recalibrate_batchnorm(model, data, progress=False)
     model(data[0].clone()).logsumexp(1).sum().backward()
     model.zero_grad()
-    before, start = peak(), time.perf_counter()
-    result = compressed(model, data)
+    start = time.perf_counter()
+    result, peak = peak_above_start(lambda: compressed(model, data))
     whole = time.perf_counter() - start
     seconds = {k: v for k, v in result.report.seconds.items() if k != "measurement"}
-    return {"seconds": seconds, "whole": whole, "peak": peak() - before}
+    return {"seconds": seconds, "whole": whole, "peak": peak}
 
 
 def slope(xs: Sequence[float], ys: Sequence[float]) -> float | None:

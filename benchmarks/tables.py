@@ -86,9 +86,10 @@ def demo_source(results: Mapping[str, Any]) -> str:
     return (
         f"`{results['command']}`, seed {results['seed']}: {first['measured_examples']:,} test "
         f"images; compressed on training images without labels, {first['examples']:,} for the "
-        f"curvature, which all share, and {first['truth']['examples']} held out of it. No "
-        f"training. eigendamage {here['eigendamage']}, torch {here['torch']}, {here['platform']}, "
-        f"{here['device']}, {here['threads']} thread{'s' * (here['threads'] != 1)}."
+        f"curvature, which all share, and {first['truth']['examples']} held out of it (about "
+        f"a tenth, in whole batches). No training. eigendamage {here['eigendamage']}, "
+        f"torch {here['torch']}, {here['platform']}, {here['device']}, "
+        f"{here['threads']} thread{'s' * (here['threads'] != 1)}."
     )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -178,7 +179,7 @@ def test_what_cannot_be_meant_is_refused_before_anything_runs() -> None:
         def __iter__(self) -> Iterator[Tensor]:
             raise AssertionError("the data was read")
 
-    for wrong in ({"method": "magic"}, {"max_ratio": 2.0}):
+    for wrong in ({"method": "magic"}, {"max_ratio": 2.0}, {"multiple": 0}):
         with pytest.raises(ed.EigenDamageError, match=next(iter(wrong))):
             ed.compress(_network(), Untouched(), budget=ed.Budget(macs=0.5), **wrong)
     x = torch.randn(4, 8)
@@ -186,6 +187,23 @@ def test_what_cannot_be_meant_is_refused_before_anything_runs() -> None:
         ed.estimate_curvature(nn.Linear(8, 8), (x, x), loss="mse", progress=False)
     with pytest.raises(ed.DataError, match="cannot run on inputs of shape"):
         ed.estimate_curvature(nn.Linear(5, 8), [x], progress=False)
+
+
+def test_a_model_that_was_made_in_inference_mode_is_refused_and_stays_as_it_is() -> None:
+    with torch.inference_mode():
+        model = _network()
+    data, original = [_data()[0]] * 3, copy.deepcopy(model)
+    calls: tuple[Callable[[], object], ...] = (
+        lambda: ed.compress(model, data, budget=ed.Budget(macs=0.5), progress=False),
+        lambda: ed.estimate_curvature(model, data, progress=False),
+        lambda: ed.finetune(model, data, original=original, progress=False),
+        lambda: ed.recalibrate_batchnorm(model, data, progress=False),
+    )
+    for call in calls:
+        with pytest.raises(ed.EigenDamageError, match=r"'0\.weight' was made under .*deepcopy"):
+            call()
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert len(ed.estimate_curvature(copy.deepcopy(model), data, progress=False)) == 3
 
 
 def test_the_same_ignore_goes_with_a_curvature_that_had_it() -> None:

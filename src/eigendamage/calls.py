@@ -11,9 +11,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from eigendamage.batches import Batch, tensors_in
-from eigendamage.errors import DataError, LayerError, LossError, NonFiniteError
+from eigendamage.errors import DataError, EigenDamageError, LayerError, LossError, NonFiniteError
 
 
 def call(model: nn.Module, batch: Batch) -> Any:
@@ -149,6 +150,21 @@ def _origin(model: nn.Module, batch: Batch) -> str:
 
 def _finite(item: object) -> bool:
     return all(bool(torch.isfinite(t).all()) for t in tensors_in(item) if t.is_floating_point())
+
+
+def require_gradients_possible(model: nn.Module) -> None:
+    """Refuse a model with tensors that autograd takes no part of.
+
+    Raises:
+        EigenDamageError: naming the first.
+    """
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if not is_lazy(tensor) and tensor.is_inference():
+            raise EigenDamageError(
+                f"the model's '{name}' was made under torch.inference_mode(), so no gradient can "
+                f"be taken through it and it cannot be changed: build or load the model outside "
+                f"of it, or give copy.deepcopy(model), made outside of it"
+            )
 
 
 def cannot_run(model: nn.Module, batch: Batch, error: RuntimeError) -> LayerError:

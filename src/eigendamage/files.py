@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from shutil import rmtree
 from threading import get_ident
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
@@ -27,6 +27,24 @@ try:
     import fcntl
 except ImportError:  # not on Windows
     fcntl = None
+
+
+@contextmanager
+def opened(path: Path, what: str) -> Generator[BinaryIO]:
+    """A file to read bytes from; ``what`` is what messages call it.
+
+    Raises:
+        MissingFileError: if there is no such file.
+        FileError: if it cannot be read.
+    """
+    try:
+        stream = path.open("rb")
+    except FileNotFoundError as error:
+        raise MissingFileError(f"there is no {what} at '{path}'; check the path") from error
+    except OSError as error:
+        raise FileError(f"cannot read the {what} at '{path}': {error.strerror}") from error
+    with stream:
+        yield stream
 
 
 @contextmanager

@@ -71,6 +71,36 @@ def test_every_exit_code_is_in_the_help_and_in_the_page() -> None:
         (["compress", *_GIVEN, "--method", "nomethod"], 2, "BadParameter", "nomethod"),
         (["compress", *_GIVEN, "--variant", "novariant"], 2, "BadParameter", "novariant"),
         (["compress", *_GIVEN, "--actions", "noaction"], 2, "BadParameter", "noaction"),
+        (
+            ["compress", *_GIVEN, "--macs", "0.5", "--multiple", "0"],
+            2,
+            "BadParameter",
+            "--multiple",
+        ),
+        (["compress", *_GIVEN, "--macs", "0.5", "--polish", "-1"], 2, "BadParameter", "--polish"),
+        (
+            ["compress", *_GIVEN, "--macs", "0.5", "--shots", "2", "--rounds", "2"],
+            *(2, "BadParameter", "--shots / --rounds / --epochs: give"),
+        ),
+        (
+            ["compress", *_GIVEN, "--loss", "0.1", "--shots", "2"],
+            *(2, "BadParameter", "--shots / --rounds / --epochs: a budget"),
+        ),
+        (
+            ["compress", *_GIVEN, "--macs", "0.5", "--max-memory", "lots"],
+            *(2, "BadParameter", "--max-memory: max_memory is 'lots'"),
+        ),
+        (
+            ["compress", *_GIVEN, "--macs", "0.5", "--max-ratio", "1"],
+            *(2, "BadParameter", "--max-ratio: max_ratio is 1.0"),
+        ),
+        (
+            ["compress", *_GIVEN, "--macs", "0.5", "--learning-rate", "0"],
+            *(2, "BadParameter", "--learning-rate"),
+        ),
+        (["compress", *_GIVEN, "--examples", "0"], 2, "BadParameter", "--examples"),
+        (["sweep", *_GIVEN, "--multiple", "0"], 2, "BadParameter", "--multiple"),
+        (["compare", *_GIVEN, "--epochs", "-1"], 2, "BadParameter", "--epochs"),
         (["sweep", *_GIVEN, "--actions", "noaction"], 2, "BadParameter", "noaction"),
         (["compare", *_GIVEN, "--methods", "nomethod"], 2, "BadParameter", "nomethod"),
         (["compare", *_GIVEN, "--methods", ","], 2, "BadParameter", "names no method"),

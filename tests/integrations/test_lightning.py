@@ -133,6 +133,28 @@ def test_a_network_that_is_not_there_is_refused_before_the_training(
     assert not module.losses
 
 
+class _WithoutForward(LightningModule):
+    """Calls its network in the training step; the list is nothing that can be called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList([nn.Linear(3, 3)])
+        self.net = nn.Linear(3, 3)
+
+
+@pytest.mark.parametrize(
+    ("network", "what"),
+    [("", "the _WithoutForward"), ("parts", "network='parts': that ModuleList")],
+)
+def test_a_network_without_a_forward_is_refused_before_the_training(
+    network: str, what: str, tmp_path: Path
+) -> None:
+    callback = CompressionCallback(ed.Budget(macs=0.7), at_epochs=[1], network=network)
+    trainer = _trainer(tmp_path, callback)
+    with pytest.raises(ed.MismatchError, match=rf"^{what} has no forward.*are parts\.0, net$"):
+        callback.on_fit_start(trainer, _WithoutForward())
+
+
 class _TwoOptimizers(_Inner):
     """Steps by hand, with two optimizers: two steps of the Trainer a batch."""
 

@@ -15,6 +15,8 @@ from torch import nn
 
 import eigendamage as ed
 from eigendamage.cli._sources import load_model
+from eigendamage.errors import MissingFileError
+from eigendamage.integrations import huggingface
 from eigendamage.integrations.names import has_random_weights
 
 _LIBRARIES = {"timm": "timm", "torchvision": "torchvision", "hf": "transformers"}
@@ -81,6 +83,17 @@ def test_a_folder_of_transformers_is_read_as_its_configuration_says(tmp_path: Pa
         ed.get_model(f"hf:{tmp_path / 'gpt2'}")
     with pytest.raises(ed.FileFormatError, match="cannot be read"):
         ed.get_model(f"hf:{tmp_path}")
+
+
+@pytest.mark.parametrize("path", ["{folder}/absent", "./absent", "../absent/model", "~/absent-9"])
+def test_a_folder_that_is_not_there_is_not_looked_for_elsewhere(
+    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface, "required", None)  # what reads models is not asked for
+    path = path.format(folder=tmp_path)
+    with pytest.raises(MissingFileError, match=re.escape(f"there is no folder '{path}'")):
+        ed.get_model(f"hf:{path}")
 
 
 def test_weights_that_a_file_of_transformers_lacks_are_not_drawn_at_random(tmp_path: Path) -> None:

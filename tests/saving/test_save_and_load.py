@@ -417,6 +417,77 @@ def test_a_plan_of_layers_that_the_model_has_not_is_warned_of(tmp_path: Path) ->
         assert_equal(ed.load(network(), tmp_path), model)
 
 
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        (lambda: smaller("kron-obs"), r"leaves \d+ outputs and \d+ inputs of layer '\d' of shape"),
+        (lambda: _of_width(10), r"layer '0' of shape \(10, 3, 9\), .* unchanged, of .*\(6, 3, 9\)"),
+    ],
+)
+def test_a_plan_of_other_sizes_is_warned_of_where_all_layers_are_plain_again(
+    other: Callable[[], nn.Module], words: str, tmp_path: Path
+) -> None:
+    plain = ed.densify(smaller())
+    ed.save(plain, tmp_path / "one")
+    ed.save(other(), tmp_path / "other")
+    (tmp_path / "one" / "plan.json").write_bytes((tmp_path / "other" / "plan.json").read_bytes())
+    with pytest.warns(UserWarning, match=rf"is of another model: .*{words}"):
+        assert_equal(ed.load(network(), tmp_path / "one"), plain)
+
+
+def test_a_new_classifier_leaves_the_plan_as_it_was(tmp_path: Path) -> None:
+    def with_classifier(model: nn.Module) -> nn.Module:
+        model[7] = nn.Linear(8, 9)
+        return model
+
+    for number, model in enumerate((smaller(), ed.densify(smaller()))):
+        ed.save(with_classifier(model), tmp_path / f"{number}")
+        ed.save(
+            ed.load(with_classifier(network()), tmp_path / f"{number}"),
+            tmp_path / f"{number}-again",
+        )
+        assert "plan.json" in files(tmp_path / f"{number}-again")
+
+
+def _of_width(width: int) -> nn.Module:
+    model, budget = network(width, bias=True), ed.Budget(params=0.6)
+    curvature = ed.estimate_curvature(model, [images()], progress=False)
+    plan = ed.make_plan(model, curvature, budget, method="eigendamage")
+    return ed.apply_plan(model, plan, curvature)
+
+
+def _other_report(change: str) -> ed.Report:
+    """That of another model, or that of a twin of which a layer has another price."""
+    report = _compressed().report
+    if change == "model":
+        layers = {f"body.{name}": layer for name, layer in report.layers.items()}
+    else:
+        priced = {"price": {"price": 7.0}, "parameters": {"parameters": (99, 98)}}[change]
+        layers = {**report.layers, "3": report.layers["3"].model_copy(update=priced)}
+    return report.model_copy(update={"layers": layers})
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("model", r"layer '0' of the plan is not in the report"),
+        ("price", r"of layer '3' the report says a price of 7\.0, the plan"),
+        ("parameters", r"of layer '3' the report says parameters left of 98, the plan"),
+    ],
+)
+def test_a_report_of_another_model_is_warned_of_and_left_out(
+    change: str, words: str, tmp_path: Path
+) -> None:
+    result = _compressed()
+    ed.save(result, tmp_path / "one")
+    _other_report(change).save(tmp_path / "one" / "report.json")
+    with pytest.warns(UserWarning, match=rf"not of the plan beside it: {words}.*knows its plan"):
+        found = ed.load(network(), tmp_path / "one")
+    assert_equal(found, result.model)
+    ed.save(found, tmp_path / "again")
+    assert files(tmp_path / "again") == ["model.safetensors", "plan.json", "structure.json"]
+
+
 @pytest.mark.parametrize("method", ["eigendamage", "kron-obs", "obd", "auto"])
 def test_a_plan_stays_where_layers_were_made_plain_again(method: str, tmp_path: Path) -> None:
     plain = ed.densify(smaller(method))

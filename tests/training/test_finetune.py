@@ -70,7 +70,7 @@ def test_the_objective_is_the_mean_of_labels_and_distillation() -> None:
     head = head_of("cross_entropy")
 
     def value(original: nn.Module | None, share: float, of: object = batch) -> Tensor:
-        return Objective(head, original, temperature=t, label_share=share)(model, of)  # type: ignore[arg-type]
+        return Objective(head, original, temperature=t, label_share=share)(model, of)[0]  # type: ignore[arg-type]
 
     torch.testing.assert_close(value(None, 0.5), labels)
     torch.testing.assert_close(value(original, 0.3), 0.3 * labels + 0.7 * kl)
@@ -85,8 +85,10 @@ def test_features_are_matched_relative_to_their_size() -> None:
     x = images()[0].double()
     batch = as_batch(x, 0, CPU)
     head = head_of("cross_entropy")
-    plain = Objective(head, original)(model, batch)
-    with_features = Objective(head, original, features=("1", "4"), feature_weight=2.0)(model, batch)
+    plain, _ = Objective(head, original)(model, batch)
+    with_features, _ = Objective(head, original, features=("1", "4"), feature_weight=2.0)(
+        model, batch
+    )
     a, b = model[:2](x), original[:2](x)
     c, d = model[:5](x), original[:5](x)
     unlike = (a - b).square().sum() / b.square().sum() + (c - d).square().sum() / d.square().sum()
@@ -378,6 +380,28 @@ def test_nothing_to_train_is_refused() -> None:
         ed.finetune(network(), loader(), original=network(1), loss=F.cross_entropy, progress=False)
 
 
+@pytest.mark.parametrize("distilled", [False, True])
+def test_labels_that_are_all_ignored_are_refused(distilled: bool, tmp_path: Path) -> None:
+    x, y = images(16)
+    ignored = [(part, torch.full((8,), -100)) for part in x.split(8)]
+    labelled = list(zip(x.split(8), y.split(8), strict=True))
+    config = ed.FinetuneConfig(held_out=0.0)
+    model, file = network(), tmp_path / "state.pt"
+    before = copy.deepcopy(model)
+
+    def tune(data: list[Any], **options: Any) -> ed.Training:
+        original = network(1) if distilled else None
+        return ed.finetune(model, data, config, original=original, progress=False, **options)
+
+    with pytest.raises(ed.DataError, match=r"no position of the training data counts.*epoch 1.*"):
+        tune(ignored, checkpoint=file)
+    with pytest.raises(ed.DataError, match=r"no position of the held-out data counts"):
+        tune(labelled, held_out=ignored, checkpoint=file)
+    assert same(model, before)
+    assert not file.exists()
+    assert len(tune([*ignored, *labelled], held_out=[ignored[0], labelled[0]]).losses) == 1
+
+
 def test_mixed_precision_ends_near_full_precision() -> None:
     full, mixed = network(), network()
     config = ed.FinetuneConfig(epochs=3, learning_rate=0.05)
@@ -449,7 +473,7 @@ def test_padding_has_no_part_in_features() -> None:
     def loss(inputs: Tensor) -> Tensor:
         objective = Objective(head_of("cross_entropy"), Called(original), features=("inner.0",))
         batch = as_batch({"x": inputs, "attention_mask": mask}, 0, CPU)
-        return objective(Called(model), batch)
+        return objective(Called(model), batch)[0]
 
     other = x.clone()
     other[0, 3:] = 100.0

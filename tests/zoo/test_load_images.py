@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from eigendamage import zoo
-from eigendamage.errors import DataError, FileFormatError
+from eigendamage.errors import DataError, FileFormatError, MissingFileError
 from eigendamage.zoo import _limits
 
 PLAIN = {"mean": (0.0,) * 3, "std": (1.0,) * 3}
@@ -272,7 +272,7 @@ def test_broken_file_is_refused(tmp_path, name):
 
 
 def test_nothing_there_is_said(tmp_path):
-    with pytest.raises(DataError, match="there is no data"):
+    with pytest.raises(MissingFileError, match="there is no data"):
         zoo.load_images(tmp_path / "absent")
     with pytest.raises(DataError, match=r"holds no images; known are .*\.jpg"):
         zoo.load_images(tmp_path)

@@ -3,7 +3,7 @@ import torch
 from safetensors.torch import save_file
 
 from eigendamage import zoo
-from eigendamage.errors import FileFormatError, MismatchError
+from eigendamage.errors import FileError, FileFormatError, MismatchError, MissingFileError
 
 
 @pytest.fixture
@@ -84,8 +84,10 @@ def test_file_cut_short_is_refused(small, tmp_path, name):
 
 
 def test_missing_file_and_other_suffix_are_refused(small, tmp_path):
-    with pytest.raises(FileFormatError, match="there is no weights file"):
+    with pytest.raises(MissingFileError, match=r"there is no file of weights at '.*w\.pt'"):
         zoo.load_weights(small, tmp_path / "w.pt")
+    with pytest.raises(FileError, match="cannot read the file of weights"):
+        zoo.load_weights(small, tmp_path)
     (tmp_path / "w.onnx").write_bytes(b"")
     with pytest.raises(FileFormatError, match=r"ends in '\.onnx'"):
         zoo.load_weights(small, tmp_path / "w.onnx")

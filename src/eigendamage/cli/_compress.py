@@ -12,7 +12,14 @@ from rich.console import Console
 
 from eigendamage.cli._completion import MODEL_HELP, method_names, model_names
 from eigendamage.cli._parsing import budget as budget_of
-from eigendamage.cli._parsing import floors, kinds, refuse_unknown, refuse_unwritable
+from eigendamage.cli._parsing import (
+    floors,
+    kinds,
+    refuse_numbers,
+    refuse_steps,
+    refuse_unknown,
+    refuse_unwritable,
+)
 from eigendamage.cli._processes import home
 from eigendamage.cli._sources import Training, load_data, load_model
 from eigendamage.compress import Compressed, compress, preview
@@ -66,6 +73,7 @@ def compress_command(
     ),
     multiple: int | None = typer.Option(
         None,
+        min=1,
         help="For auto: ranks and channels left are multiples of this; 8 for latency, else 1.",
     ),
     floor: list[str] = typer.Option(
@@ -81,23 +89,27 @@ def compress_command(
         "--repair/--no-repair",
         help="Refit what is changed on the data, without labels; if neither is given, auto does.",
     ),
-    shots: int = typer.Option(1, help="For auto: reach the budget in so many steps."),
+    shots: int = typer.Option(1, min=1, help="For auto: reach the budget in so many steps."),
     rounds: int = typer.Option(
         1,
+        min=1,
         help="Reach the budget in so many rounds, each with --epochs of training; without, auto "
         "takes back a step that makes it worse.",
     ),
     epochs: int = typer.Option(
-        0, help="Of fine-tuning after each round: on labels if there are any, and on the original."
+        0,
+        min=0,
+        help="Of fine-tuning after each round: on labels if there are any, and on the original.",
     ),
     learning_rate: float | None = typer.Option(
         None, help="The peak of the fine-tuning's schedule; 0.02 by default."
     ),
     train_examples: int | None = typer.Option(
-        None, help="The most images to fine-tune on; all of the training images by default."
+        None, min=1, help="The most images to fine-tune on; all of the training images by default."
     ),
     polish: int | None = typer.Option(
         None,
+        min=0,
         help="Passes of distilling the original at the end, without labels, on the images of the "
         "curvature; 6 by default for auto without --epochs, else 0.",
     ),
@@ -106,13 +118,13 @@ def compress_command(
         "--augment/--no-augment",
         help="Shift and mirror images that are read from files where something is trained.",
     ),
-    latency_batch: int = typer.Option(1, help="Images a call where latency is measured."),
-    examples: int = typer.Option(2000, help="The most images to take the curvature on."),
-    test_examples: int | None = typer.Option(None, help="The most images to measure on."),
+    latency_batch: int = typer.Option(1, min=1, help="Images a call where latency is measured."),
+    examples: int = typer.Option(2000, min=1, help="The most images to take the curvature on."),
+    test_examples: int | None = typer.Option(None, min=1, help="The most images to measure on."),
     max_memory: str | None = typer.Option(
         None, help="What the sums of the curvature's passes may take, such as 2GB."
     ),
-    batch_size: int = typer.Option(128, help="Images a batch."),
+    batch_size: int = typer.Option(128, min=1, help="Images a batch."),
     recalibrate: bool | None = typer.Option(
         None,
         "--recalibrate/--no-recalibrate",
@@ -142,6 +154,8 @@ def compress_command(
     budget = budget_of(
         "the budget", macs=macs, params=params, bytes=size, latency=latency, loss=loss, ratio=ratio
     )
+    refuse_steps(shots, rounds, epochs, auto=method == "auto", budget=budget)
+    refuse_numbers(max_ratio, max_memory, learning_rate)
     network = load_model(model, weights, pretrained=pretrained).to(home())
     images = load_data(
         data,

@@ -11,8 +11,19 @@ from typing import cast
 import typer
 
 from eigendamage.compare import ALL, Competitor
+from eigendamage.compress import check_steps
+from eigendamage.curvature import bytes_of
 from eigendamage.errors import EigenDamageError, FileError, NotAFolderError
-from eigendamage.plan import ActionKind, Budget, Unit, method_named, variant_of, wanted_actions
+from eigendamage.plan import (
+    ActionKind,
+    Budget,
+    Unit,
+    check_max_ratio,
+    method_named,
+    variant_of,
+    wanted_actions,
+)
+from eigendamage.training import FinetuneConfig
 
 
 @contextmanager
@@ -113,6 +124,30 @@ def refuse_unknown(method: str, variant: str | None) -> None:
         method_named(method)
     with chosen_by("--variant"):
         variant_of(method, variant)
+
+
+def refuse_steps(shots: int, rounds: int, epochs: int, *, auto: bool, budget: Budget) -> None:
+    """Look whether steps go with each other, the method and the budget.
+
+    Raises:
+        BadParameter: if they do not.
+    """
+    with chosen_by("--shots / --rounds / --epochs"):
+        check_steps(shots, rounds, epochs, auto=auto, budget=budget)
+
+
+def refuse_numbers(max_ratio: float, max_memory: str | None, learning_rate: float | None) -> None:
+    """Look whether numbers can be meant that the parser knows no bounds of.
+
+    Raises:
+        BadParameter: if one cannot.
+    """
+    with chosen_by("--max-ratio"):
+        check_max_ratio(max_ratio)
+    with chosen_by("--max-memory"):
+        _ = None if max_memory is None else bytes_of(max_memory)
+    with chosen_by("--learning-rate"):
+        FinetuneConfig(learning_rate=learning_rate).check()
 
 
 def methods(text: str) -> Sequence[str]:

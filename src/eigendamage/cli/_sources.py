@@ -104,7 +104,8 @@ def load_data(
     former is trained on too.
 
     Raises:
-        DataError: if there is nothing to read.
+        MissingFileError: if there is no such folder or file.
+        DataError: if there is nothing to read in it.
         EigenDamageError: if there is no such callable, or it raises.
     """
     if source != _BUNDLED and not Path(source).exists() and ":" in source:

@@ -35,7 +35,7 @@ def sweep_command(
     measure: str = typer.Option(
         "none", help="Which of them to build, repair and measure: all, none or fractions by commas."
     ),
-    multiple: int = typer.Option(1, help="Ranks and channels left are multiples of this."),
+    multiple: int = typer.Option(1, min=1, help="Ranks and channels left are multiples of this."),
     floor: list[str] = typer.Option(
         [], help="PATTERN=FRACTION of its MACs that a layer has to keep; may be repeated."
     ),
@@ -44,9 +44,9 @@ def sweep_command(
     calibrate: bool = typer.Option(True, help="Correct prices by what layers cost alone."),
     fisher: Fisher = typer.Option("mc", help="Labels of the curvature."),
     ignore: list[str] = typer.Option([], help="Pattern of layers to leave alone; may be repeated."),
-    examples: int = typer.Option(2000, help="The most images to take the curvature on."),
-    test_examples: int | None = typer.Option(None, help="The most images to measure on."),
-    batch_size: int = typer.Option(128, help="Images a batch."),
+    examples: int = typer.Option(2000, min=1, help="The most images to take the curvature on."),
+    test_examples: int | None = typer.Option(None, min=1, help="The most images to measure on."),
+    batch_size: int = typer.Option(128, min=1, help="Images a batch."),
     seed: int = typer.Option(0, help="Of the choice of images and of label draws."),
     as_json: bool = typer.Option(False, "--json", help="Print the sweep as JSON."),
     quiet: bool = typer.Option(False, help="No progress, no tables."),

@@ -73,8 +73,8 @@ def compress(
 ) -> Compressed:
     """Make a trained model smaller by its curvature. The model given is not changed.
 
-    With ``method="auto"`` a tenth of ``data`` is held out from curvature and repair; on it prices
-    are calibrated, repairs judged, and the divergence from the original measured.
+    With ``method="auto"`` about a tenth of ``data`` is held out from curvature and repair; on it
+    prices are calibrated, repairs judged, and the divergence from the original measured.
 
     Args:
         model: the trained network.
@@ -108,7 +108,7 @@ def compress(
         repair: whether changed layers are refitted, without labels, to return what the original's
             return. By default for ``auto`` alone.
         polish: passes of label-free distillation over ``data`` at the end of every round, before
-            its training, the tenth held out choosing the best one (see `PolishConfig`); 0 for none.
+            its training, the part held out choosing the best one (see `PolishConfig`); 0 for none.
         shots: for ``auto``: split the budget into so many steps, each with curvature and repair of
             its own.
         rounds: the same for every method, each with ``epochs`` of training at its end, and with its

@@ -118,6 +118,7 @@ def check(options: Options) -> None:
         form=options.form,
         damping=options.damping,
         rank_by=options.rank_by,
+        multiple=options.multiple,
     )
 
 

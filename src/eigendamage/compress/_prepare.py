@@ -9,7 +9,7 @@ from typing import Literal
 from torch import nn
 
 from eigendamage.batches import Data, kept
-from eigendamage.calls import device_of
+from eigendamage.calls import device_of, require_gradients_possible
 from eigendamage.compress._search import Timing
 from eigendamage.compress._split import Parts, split
 from eigendamage.compress._steps import Clock, Planning, Settings, Source
@@ -198,8 +198,10 @@ def prepared(
 
     Raises:
         DataError: if nothing can be held out.
-        EigenDamageError: if an action or the loss is unknown, or ``latency_batch`` below 1.
+        EigenDamageError: if an action or the loss is unknown, ``latency_batch`` below 1, or the
+            model was made under ``torch.inference_mode()``.
     """
+    require_gradients_possible(model)
     if latency_batch < 1:
         raise EigenDamageError(f"latency_batch is {latency_batch}; it must be at least 1")
     if refine < 0:

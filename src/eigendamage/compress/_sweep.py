@@ -108,6 +108,7 @@ def sweep(
         form="cheapest",
         damping=damping,
         rank_by=None,
+        multiple=multiple,
     )
     data, eval_data = fitted(data, model), fitted(eval_data, model)
     eval_data = kept(eval_data)

@@ -10,6 +10,7 @@ from eigendamage.curvature._factors import eigenbasis, gram, homogeneous, input_
 from eigendamage.curvature._head import Fisher, Head, PredictiveHead
 from eigendamage.curvature._layer import EigenvalueKind, LayerCurvature
 from eigendamage.curvature._losses import Loss, head_of, loss_name
+from eigendamage.curvature._memory import bytes_of
 from eigendamage.curvature._patches import PositionDraws, patches_at
 from eigendamage.curvature._store import load_curvature, save_curvature
 
@@ -26,6 +27,7 @@ __all__ = [
     "Loss",
     "PositionDraws",
     "PredictiveHead",
+    "bytes_of",
     "calibration_table",
     "eigenbasis",
     "eigenvalue_sum",

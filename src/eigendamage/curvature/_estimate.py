@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from eigendamage.batches import Batches, Data, tensors_in
-from eigendamage.calls import device_of
+from eigendamage.calls import device_of, require_gradients_possible
 from eigendamage.curvature._capture import preserved_random_state
 from eigendamage.curvature._curvature import Curvature, Extra
 from eigendamage.curvature._head import Fisher
@@ -127,6 +127,7 @@ def estimate_curvature(
     home = None if factor_device is None else torch.device(factor_device)
     head = head_of(loss, reduction)
 
+    require_gradients_possible(model)
     with preserved_random_state():
         batches = Batches(data, device_of(model), max_examples)
         first = batches.peek()

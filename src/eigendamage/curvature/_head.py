@@ -61,6 +61,11 @@ class Head(ABC):
         """How many positions of a batch's outputs count: all but ignored and padded ones."""
         return batch.size
 
+    def counting(self, output: Any, batch: Batch) -> int:
+        """`positions`, and none at all where every token of the batch is padding."""
+        tokens = batch.counted
+        return 0 if tokens is not None and not bool(tokens.any()) else self.positions(output, batch)
+
     @abstractmethod
     def per_example(self, output: Any, batch: Batch) -> Tensor:
         """The loss of each example, (n,)."""

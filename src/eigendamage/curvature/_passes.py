@@ -83,7 +83,7 @@ class Passes:
                         capture.backward(seed)
                         if after_backward is not None:
                             after_backward()
-                counted += 0 if mine is None else self._counted(mine, output)
+                counted += 0 if mine is None else self._head.counting(output, mine)
                 examples += sum(batch.size for batch in step)
         if self.examples and examples != self.examples:
             raise MismatchError(
@@ -98,12 +98,6 @@ class Passes:
                 f"token each, which for loss='causal_lm' has no next one. Give data in which some "
                 f"count; fisher='mc' (the default) and 'exact' need no labels"
             )
-
-    def _counted(self, batch: Batch, output: Any) -> int:
-        tokens = batch.counted
-        if tokens is not None and not bool(tokens.any()):
-            return 0
-        return self._head.positions(output, batch)
 
     def _seeds(self, random: torch.Generator, batch: Batch | None, output: Any) -> Iterator[Seed]:
         if batch is not None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from eigendamage.errors import DataError, FileFormatError, MismatchError
+from eigendamage.errors import DataError, FileFormatError, MismatchError, MissingFileError
 from eigendamage.integrations._conv1d import plain_linears
 from eigendamage.integrations._extras import required
 from eigendamage.integrations._pretrained import (
@@ -50,6 +51,8 @@ def pretrained_model(path: str) -> nn.Module:
 
     Raises:
         ExtraError: if transformers is not installed.
+        MissingFileError: if a path that is absolute or starts with a dot is not there; the hub is
+            not asked then.
         FileFormatError: if there is no such model, it has no safetensors, or its configuration
             names no model of transformers.
         MismatchError: if the file lacks weights of the model that are tied to none that it has.
@@ -57,6 +60,13 @@ def pretrained_model(path: str) -> nn.Module:
     Warns:
         UnusedWeights: if it has weights that the model does not take. They are left out.
     """
+    # Else transformers would take it for the name of a model of the hub, and ask there.
+    local = path.startswith((".", "~")) or Path(path).is_absolute()
+    if local and not Path(path).exists():
+        raise MissingFileError(
+            f"hf:{path}: there is no folder '{path}'; give one that save_pretrained wrote, or an "
+            f"id of the hub such as openai-community/gpt2"
+        )
     transformers: Any = required("transformers", "huggingface")
     try:
         config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)

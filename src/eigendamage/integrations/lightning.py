@@ -82,7 +82,8 @@ class CompressionCallback(Callback):
 
         Raises:
             EigenDamageError: if it is one.
-            MismatchError: if the LightningModule has no module at the path of the network.
+            MismatchError: if the LightningModule has no module at the path of the network, or one
+                without a forward.
         """
         alone = isinstance(trainer.strategy, SingleDeviceStrategy)
         require_one_process(f"{type(trainer.strategy).__name__} of this Trainer", alone=alone)
@@ -119,11 +120,29 @@ class CompressionCallback(Callback):
         self._rounds.take(self._network_of(pl_module), data, trainer.optimizers)
 
     def _network_of(self, pl_module: LightningModule) -> nn.Module:
+        what = type(pl_module).__name__
         try:
-            return pl_module.get_submodule(self._network)
+            network = pl_module.get_submodule(self._network)
         except AttributeError as error:
-            known = [name for name, _ in pl_module.named_modules()][1:9]
             raise MismatchError(
-                f"network='{self._network}': the {type(pl_module).__name__} has no module of that "
-                f"path; some that it has are {', '.join(known) or 'none'}"
+                f"network='{self._network}': the {what} has no module of that path; some that it "
+                f"has are {_some(pl_module)}"
             ) from error
+        if not _can_be_called(network):
+            where = f"network='{self._network}': that {type(network).__name__}"
+            where = where if self._network else f"the {what}"
+            raise MismatchError(
+                f"{where} has no forward, so it cannot be called with a batch; give the path of "
+                f"the network within the {what} as network=, some are {_some(pl_module)}"
+            )
+        return network
+
+
+def _can_be_called(module: nn.Module) -> bool:
+    own = getattr(module.forward, "__func__", module.forward)
+    return own not in (nn.Module.forward, LightningModule.forward)
+
+
+def _some(module: nn.Module) -> str:
+    found = [name for name, inner in module.named_modules() if name and _can_be_called(inner)]
+    return ", ".join(found[:8]) or "none"

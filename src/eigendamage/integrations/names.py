@@ -46,7 +46,8 @@ def get_model(
         ExtraError: if the package that has it is not installed; the message names the extra.
         EigenDamageError: if there is no such model, if the callable raises (its error is the
             cause), or if ``pretrained`` is not for this kind of name.
-        FileFormatError: if the file is missing, or holds no state dict.
+        MissingFileError: if there is no such file of weights.
+        FileFormatError: if it holds no state dict.
         MismatchError: if the weights do not fit the model.
 
     Warns:

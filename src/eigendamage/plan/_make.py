@@ -19,7 +19,14 @@ from eigendamage.plan._channels import RankBy, plan_channels, ranked_per
 from eigendamage.plan._latency import LatencyTable
 from eigendamage.plan._market import AutoOptions
 from eigendamage.plan._matching import ignored_layers, matching_layers
-from eigendamage.plan._menus import ACTIONS, ActionKind, Menus, make_menus, wanted_actions
+from eigendamage.plan._menus import (
+    ACTIONS,
+    ActionKind,
+    Menus,
+    check_multiple,
+    make_menus,
+    wanted_actions,
+)
 from eigendamage.plan._methods import (
     AutoMethod,
     BlockMethod,
@@ -126,6 +133,7 @@ def make_plan(
         form=form,
         damping=damping,
         rank_by=rank_by,
+        multiple=multiple,
     )
     kind = eigenvalues or curvature.kind
     if kind == "ekfac" and curvature.kind == "kfac":
@@ -227,6 +235,16 @@ def _plan(task: Task, method: str, variant: str | None, result: Result) -> Plan:
     )
 
 
+def check_max_ratio(max_ratio: float) -> None:
+    """Refuse a fraction of a side that leaves nothing of it, or takes nothing.
+
+    Raises:
+        EigenDamageError: if it does.
+    """
+    if not isinstance(max_ratio, int | float) or not 0 < max_ratio < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise EigenDamageError(f"max_ratio is {max_ratio!r}; it must be above 0 and below 1")
+
+
 def check_options(
     budget: Budget,
     *,
@@ -236,6 +254,7 @@ def check_options(
     form: FormChoice,
     damping: float,
     rank_by: RankBy | None,
+    multiple: int | None = None,
 ) -> str | None:
     """Refuse options that cannot be meant, before anything is computed; return the variant meant.
 
@@ -245,8 +264,9 @@ def check_options(
     """
     if not isinstance(budget, Budget):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise BudgetError(f"the budget is {budget!r}; give eigendamage.Budget(macs=0.5), say")
-    if not isinstance(max_ratio, int | float) or not 0 < max_ratio < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise EigenDamageError(f"max_ratio is {max_ratio!r}; it must be above 0 and below 1")
+    check_max_ratio(max_ratio)
+    if multiple is not None:
+        check_multiple(multiple)
     if not isinstance(damping, int | float) or not damping > 0:  # pyright: ignore[reportUnnecessaryIsInstance]
         raise EigenDamageError(f"damping is {damping!r}; it must be above 0")
     for what, given, choices in (

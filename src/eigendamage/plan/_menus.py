@@ -158,8 +158,7 @@ def make_menus(
         EigenDamageError: if the curvature lacks patches, or an option is unknown.
     """
     wanted = wanted_actions(actions)
-    if multiple < 1:
-        raise EigenDamageError(f"multiple is {multiple}; it must be at least 1")
+    check_multiple(multiple)
     layers = matching_layers(model, curvature)
     ignored = ignored_layers(curvature, ignore)
     kept = dict.fromkeys(curvature.classifier, "it is the classifier") | dict(ignored)
@@ -230,6 +229,16 @@ def sighted(curvature: Curvature) -> tuple[Curvature, tuple[str, ...]]:
         f"is the model trained, and the data what it was trained for?"
     )
     return replace(curvature, layers=layers), (note,)
+
+
+def check_multiple(multiple: int) -> None:
+    """Refuse what ranks and channels cannot be multiples of.
+
+    Raises:
+        EigenDamageError: if it is below 1.
+    """
+    if multiple < 1:
+        raise EigenDamageError(f"multiple is {multiple}; it must be at least 1")
 
 
 def wanted_actions(actions: Iterable[ActionKind]) -> tuple[ActionKind, ...]:

@@ -1,8 +1,9 @@
-"""A plan held against the structure of the model that it is said to have made."""
+"""A plan and a report held against the model that they are said to be of."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
 from eigendamage.layers import join
 from eigendamage.plan import (
@@ -15,6 +16,7 @@ from eigendamage.plan import (
     Mask,
     Plan,
 )
+from eigendamage.report import Report, layer_reports
 from eigendamage.saving._structure import ModuleForm, Stages, Structure
 
 
@@ -23,13 +25,16 @@ def contradiction(plan: Plan, structure: Structure) -> str | None:
 
     None if nothing speaks against the plan. Earlier plans may have changed layers that this one
     keeps, and layers of which the structure notes no change may have been factored and multiplied
-    out again, or masked for good: those tell nothing.
+    out again, masked for good, or put there by hand, as a new classifier: of those only sizes tell
+    something, and only where they are others in most layers of the plan.
     """
+    unlike: list[str] = []
     for name, planned in plan.layers.items():
         if not any(tensor.startswith(join(name, "")) for tensor in structure.original):
             return f"layer '{name}' of the plan is not in {structure.model}"
         form = structure.modules.get(name)
         if form is None:
+            unlike += _unlike(name, planned, structure)
             continue
         found = _sizes(name, form, structure)
         left = _left(planned)
@@ -40,7 +45,44 @@ def contradiction(plan: Plan, structure: Structure) -> str | None:
             )
         if odd := _other_form(planned.action, form):
             return f"layer '{name}' is {odd} in the model, the plan has it as {_said(planned)}"
+    return unlike[0] if 2 * len(unlike) > len(plan.layers) else None
+
+
+def disagreement(report: Report, plan: Plan) -> str | None:
+    """What a report says of layers otherwise than the plan that it came with, in words.
+
+    None if nothing does. Sizes before may be those of an earlier plan, and tell nothing.
+    """
+    told = layer_reports(plan)
+    if odd := sorted(told.keys() ^ report.layers.keys()):
+        there, missing = ("plan", "report") if odd[0] in told else ("report", "plan")
+        return f"layer '{odd[0]}' of the {there} is not in the {missing}"
+    for name, ours in told.items():
+        its = report.layers[name]
+        for what, said, meant in (
+            ("parameters left", its.parameters[1], ours.parameters[1]),
+            ("MACs left", its.macs[1], ours.macs[1]),
+            ("ranks", its.ranks, ours.ranks),
+            ("a price", its.price, ours.price),
+        ):
+            if said != meant:
+                return f"of layer '{name}' the report says {what} of {said}, the plan {meant}"
     return None
+
+
+def _unlike(name: str, planned: LayerPlan, structure: Structure) -> list[str]:
+    """What a layer that the model has as it was has otherwise than the plan left it."""
+    shape = structure.original.get(join(name, "weight"))
+    if shape is None or len(shape) < 2:
+        return []
+    found = (*shape[:2], prod(shape[2:]))
+    left = _left(planned)
+    if found == planned.shape and found[:2] == left:
+        return []
+    return [
+        f"the plan leaves {left[0]} outputs and {left[1]} inputs of layer '{name}' of shape "
+        f"{planned.shape}, the model has it unchanged, of shape {found}"
+    ]
 
 
 def _left(planned: LayerPlan) -> tuple[int, int]:

@@ -16,7 +16,7 @@ from eigendamage.layers import saved_tensors
 from eigendamage.plan import Plan
 from eigendamage.report import Report, write_page
 from eigendamage.saving._describe import describe
-from eigendamage.saving._held import contradiction
+from eigendamage.saving._held import contradiction, disagreement
 from eigendamage.saving._rebuild import rebuild
 from eigendamage.saving._structure import Structure
 from eigendamage.saving._weights import read_weights, write_weights
@@ -116,8 +116,9 @@ def load(
         MissingFileError: if one of the two is missing.
 
     Warns:
-        UserWarning: if the plan or the report cannot be read, or the plan is not what the
-            structure came about by. The model is loaded without it.
+        UserWarning: if the plan or the report cannot be read, if the plan is not what the
+            structure came about by, or the report not of that plan. The model is loaded without
+            it.
     """
     folder = Path(directory)
     structure = Structure.load(folder / STRUCTURE)
@@ -125,10 +126,11 @@ def load(
         raise MissingFileError(f"there is no {WEIGHTS} in {folder}")
     loaded = restore(model, structure, [folder / WEIGHTS], device=device)
     made, faults = _made(folder, structure)
+    knows = "neither its plan nor its report" if made is None else "its plan and no report"
     for fault in faults:
         warnings.warn(
-            f"{fault}. The model is whole without it, and is loaded as one that knows neither its "
-            f"plan nor its report; save it to another folder, as files here would be replaced",
+            f"{fault}. The model is whole without it, and is loaded as one that knows {knows}; "
+            f"save it to another folder, as files here would be replaced",
             stacklevel=2,
         )
     if made is not None:
@@ -165,6 +167,9 @@ def _made(folder: Path, structure: Structure) -> tuple[Made | None, list[str]]:
     if plan is not None and (odd := contradiction(plan, structure)) is not None:
         faults.append(f"{folder / PLAN}, of method '{plan.method}', is of another model: {odd}")
         return None, faults
+    if plan is not None and report is not None and (odd := disagreement(report, plan)) is not None:
+        faults.append(f"{folder / REPORT} is not of the plan beside it: {odd}")
+        report = None
     if plan is not None:
         return Made(plan, report), faults
     if report is not None and not faults:

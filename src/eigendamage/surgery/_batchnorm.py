@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
 
 from eigendamage.batches import Batch, Batches, Data
-from eigendamage.calls import call, device_of
+from eigendamage.calls import call, device_of, require_gradients_possible
 from eigendamage.curvature import preserved_random_state
 from eigendamage.errors import DataError
 from eigendamage.layers import evaluating
@@ -30,10 +30,12 @@ def recalibrate_batchnorm(
     Raises:
         DataError: if the data has no example, or only batches too small to have a spread.
         NonFiniteError: if an input is not finite.
+        EigenDamageError: if the model was made under ``torch.inference_mode()``.
     """
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     if not norms:
         return 0
+    require_gradients_possible(model)
     before = [(m, {k: v.clone() for k, v in m.named_buffers()}) for m in norms]
     sums = {m: _Sums() for m in norms}
     handles = [m.register_forward_pre_hook(sums[m].enter) for m in norms]

@@ -16,7 +16,7 @@ import torch
 from eigendamage.errors import FileFormatError, MismatchError, MissingFileError
 from eigendamage.files import written_beside
 
-_VERSION = 1
+_VERSION = 2
 
 
 class Checkpoint:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from eigendamage.batches import Batch, Batches, Data, iterable_of, tensors_in
-from eigendamage.calls import device_of
+from eigendamage.calls import device_of, require_gradients_possible
 from eigendamage.curvature import Loss, head_of, loss_name
 from eigendamage.distributed import (
     failing_alone,
@@ -79,7 +79,7 @@ def finetune(
 
     Raises:
         DataError: if the data is empty, of unknown length, or cannot be divided; if it has no
-            labels and there is no original.
+            labels and there is no original; if no position of it, or of what is held out, counts.
         LossError: if the original cannot be distilled by this loss.
         MismatchError: if the checkpoint is of another run.
         NonFiniteError: if the loss becomes NaN or infinite.
@@ -171,6 +171,9 @@ def mean_score(
     """The mean of an objective's score over what is held out, run as in evaluation.
 
     Whatever the data draws, it draws the same each time.
+
+    Raises:
+        DataError: if no position of it counts.
     """
     total, terms = 0.0, 0
     with torch.no_grad(), evaluating(model), preserved_random_state():
@@ -178,7 +181,14 @@ def mean_score(
         for item in held_out:
             value, count = score(model, item)
             total, terms = total + float(value), terms + count
-    return total / max(1, terms)
+    if not terms:
+        raise DataError(
+            "no position of the held-out data counts for the loss: its labels are all -100 "
+            "(ignored), or its attention_mask excludes every token. Give data in which some count; "
+            "if only what is held out has none, give other held_out= data, or a config with "
+            "held_out=0"
+        )
+    return total / terms
 
 
 @contextmanager
@@ -186,8 +196,10 @@ def training_of(model: nn.Module, original: nn.Module | None) -> Generator[None]
     """What is put back after training, and what is put back only if it fails.
 
     Raises:
-        EigenDamageError: if no parameter can be trained.
+        EigenDamageError: if no parameter can be trained, or the model was made under
+            ``torch.inference_mode()``.
     """
+    require_gradients_possible(model)
     if not any(p.requires_grad for p in model.parameters()):
         raise EigenDamageError("no parameter of the model is trainable; set requires_grad first")
     before = {name: value.clone() for name, value in model.state_dict().items()}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from eigendamage.batches import Batch
 from eigendamage.distributed import from_first, summed, with_first_state
-from eigendamage.errors import NonFiniteError
+from eigendamage.errors import DataError, NonFiniteError
 from eigendamage.progress import track
 from eigendamage.training._accelerator import accelerator_of
 from eigendamage.training._checkpoint import Checkpoint, random_state, restore_random_state
@@ -44,7 +44,7 @@ class Training:
 def train(
     model: nn.Module,
     feed: Feed,
-    objective: Callable[[nn.Module, Batch], Tensor],
+    objective: Callable[[nn.Module, Batch], tuple[Tensor, int]],
     config: FinetuneConfig,
     *,
     score: Callable[[nn.Module], float] | None,
@@ -60,7 +60,7 @@ def train(
     Args:
         model: the model. Parameters that require no gradient stay as they are.
         feed: what to train on.
-        objective: the loss of a batch.
+        objective: the loss of a batch, and how many of its positions count.
         config: how to train.
         score: what says how good a state is, lower is better; None keeps the last state.
         checkpoint: where the state is kept and taken up again; None keeps none.
@@ -72,6 +72,7 @@ def train(
         processes: how many share the batches out; each of them makes this call.
 
     Raises:
+        DataError: if no position counts in a whole pass; before anything of it is kept.
         NonFiniteError: if the loss, a weight or a score becomes NaN or infinite.
     """
     with narrow_shortcuts_in_rows(model), accelerator_of(config, device) as accelerator:
@@ -93,7 +94,7 @@ class _Run:
         self,
         model: nn.Module,
         feed: Feed,
-        objective: Callable[[nn.Module, Batch], Tensor],
+        objective: Callable[[nn.Module, Batch], tuple[Tensor, int]],
         config: FinetuneConfig,
         accelerator: Accelerator,
         score: Callable[[nn.Module], float] | None,
@@ -116,6 +117,7 @@ class _Run:
         self._epoch = 0
         self._step = 0  # batches of the epoch that were trained on
         self._total = 0.0
+        self._counted = 0
         self._losses: list[float] = []
         self._scores: list[float] = []
         self._best = 0
@@ -182,7 +184,7 @@ class _Run:
             last = index + 1 == len(group)
             with nullcontext() if last else self._unreduced():
                 with self._accelerator.autocast():
-                    loss = self._objective(self._wrapped, batch)
+                    loss, counted = self._objective(self._wrapped, batch)
                 if not bool(torch.isfinite(loss)):
                     raise NonFiniteError(
                         f"the loss became {loss.item()} in epoch {self._epoch + 1}, batch "
@@ -191,6 +193,7 @@ class _Run:
                     )
                 self._accelerator.backward(loss / len(group))
             self._total += loss.item()
+            self._counted += counted
         if self._config.clip is not None:
             self._accelerator.clip_grad_norm_(self._trained, self._config.clip)
         self._optimizer.step()
@@ -214,7 +217,7 @@ class _Run:
                 f"rate (it is {self._config.peak}), or set clip"
             )
         self._losses.append(self._mean_loss())
-        self._total = 0.0
+        self._total, self._counted = 0.0, 0
         self._epoch, self._step = self._epoch + 1, 0
         if self._score is not None:
             self._judge(self._epoch)
@@ -222,11 +225,18 @@ class _Run:
             self._save()
 
     def _mean_loss(self) -> float:
-        sums = torch.tensor([self._total, float(self._step)])
+        sums = torch.tensor([self._total, float(self._step), float(self._counted)])
         if self._shared:
             # Batch norms' statistics are those of each process's own batches: the first's count.
             with_first_state(self._model)
             sums = summed([sums])[0]
+        if not sums[2]:
+            raise DataError(
+                f"no position of the training data counts for the loss in epoch "
+                f"{self._epoch + 1}: its labels are all -100 (ignored), or its attention_mask "
+                f"excludes every token. Give data in which some count, or inputs alone and "
+                f"original= to learn what that predicts"
+            )
         return float(sums[0] / sums[1].clamp_min(1))
 
     def _judge(self, epochs: int) -> None:
@@ -263,6 +273,7 @@ class _Run:
                 "epoch": self._epoch,
                 "step": self._step,
                 "total": self._total,
+                "counted": self._counted,
                 "losses": self._losses,
                 "scores": self._scores,
                 "best": self._best,
@@ -278,7 +289,7 @@ class _Run:
 
     def _take_up(self, state: dict[str, Any]) -> None:
         self._epoch, self._step = state["epoch"], state["step"]
-        self._total = state["total"]
+        self._total, self._counted = state["total"], state["counted"]
         self._losses, self._scores = list(state["losses"]), list(state["scores"])
         self._best, self._best_state = state["best"], state["best_state"]
         self._average = state["average"]

@@ -54,11 +54,17 @@ class Objective:
         self._features = tuple(features)
         self._feature_weight = feature_weight
 
-    def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The loss; ``model`` is run, and the original beside it."""
+    def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
+        """The loss, and how many positions count in it.
+
+        ``model`` is run, and the original beside it.
+        """
         self._check(batch)
         with _watched(model, self._features) as mine:
             output = call(model, batch)
+        return self._loss(output, batch, mine), self._head.counting(output, batch)
+
+    def _loss(self, output: Any, batch: Batch, mine: dict[str, Tensor]) -> Tensor:
         by_labels = self._head.has_target(batch) and self._label_share == 1 and not self._features
         if self._original is None or by_labels:
             return self._labels(output, batch)
@@ -81,13 +87,16 @@ class Objective:
     def score(self, model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
         """What a held-out batch says, summed, and over how many examples and positions.
 
-        The labels' loss where there are labels, the divergence at temperature one otherwise.
+        The labels' loss where there are labels, the divergence at temperature one otherwise. Where
+        no position counts it is over none.
         """
         self._check(batch)
-        if not self.by_labels(batch):
-            return self.divergence(model, (batch, self.target(batch)))
         output = call(model, batch)
-        return self._head.per_example(output, batch).sum(), self._terms(output, batch)
+        if not self._head.counting(output, batch):
+            return torch.zeros(()), 0
+        if self.by_labels(batch):
+            return self._head.per_example(output, batch).sum(), self._terms(output, batch)
+        return self._divergence(output, batch, self.target(batch))
 
     def target(self, batch: Batch) -> Tensor:
         """What the original predicts."""
@@ -103,8 +112,10 @@ class Objective:
             judged: a held-out batch and the original's `target` for it.
         """
         batch, target = judged
+        return self._divergence(call(model, batch), batch, target)
+
+    def _divergence(self, output: Any, batch: Batch, target: Tensor) -> tuple[Tensor, int]:
         assert isinstance(self._head, PredictiveHead)
-        output = call(model, batch)
         divergence = self._head.divergence(target, logits_of(output), batch)
         return divergence.sum(), self._terms(output, batch)
 

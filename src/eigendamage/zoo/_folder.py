@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from eigendamage.errors import DataError
+from eigendamage.files import opened
 from eigendamage.zoo._decode import decode
 from eigendamage.zoo._images import ImageSet, normalise
 from eigendamage.zoo._layout import lay_out, splits_of
@@ -48,6 +49,8 @@ def load_images(
         std: the same for the standard deviation, else `RGB_STD`.
 
     Raises:
+        MissingFileError: if there is no such folder or file.
+        FileError: if it cannot be read.
         DataError: if there are no such images, or they do not fit together.
         FileFormatError: if a file is broken.
     """
@@ -73,12 +76,14 @@ def find_splits(path: str | Path) -> tuple[str, ...]:
     """Name the splits that a folder, zip or .npz has; none if all its images are one set.
 
     Raises:
+        MissingFileError: if there is no such folder or file.
+        FileError: if it cannot be read.
         DataError: if there is no image there.
         FileFormatError: if a file is broken.
     """
     path = Path(path)
     if path.suffix.lower() == ".npz" and path.is_file():
-        with path.open("rb") as stream:
+        with opened(path, "data") as stream:
             return npz_splits(stream, str(path))
     with image_files(path) as files:
         return splits_of(files)
@@ -93,7 +98,7 @@ def _from_npz(
     mean: tuple[float, ...] | None,
     std: tuple[float, ...] | None,
 ) -> ImageSet:
-    with path.open("rb") as stream:
+    with opened(path, "data") as stream:
         arrays = read_npz(stream, split, str(path))
     mean, std = mean or arrays.mean, std or arrays.std
     if arrays.pixels.shape[1] == 3:

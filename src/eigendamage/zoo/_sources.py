@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from eigendamage.errors import DataError, FileFormatError
+from eigendamage.files import opened
 
 _SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
@@ -44,22 +45,23 @@ def image_files(path: Path) -> Generator[list[ImageFile], None, None]:
     Whatever has no image's suffix is left out, as are hidden files and ``__MACOSX``.
 
     Raises:
-        DataError: if there is nothing at ``path``, or no image in it.
+        MissingFileError: if there is nothing at ``path``.
+        FileError: if it cannot be read.
+        DataError: if there is no image in it.
         FileFormatError: if the archive is broken, or an entry's name points out of it.
     """
     if path.is_dir():
         yield _some(_in_folder(path), path)
         return
-    if not path.exists():
-        raise DataError(f"there is no data at '{path}'; check the path")
-    try:
-        archive = zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, OSError) as error:
-        raise FileFormatError(
-            f"'{path}' is no whole zip archive ({error}); give a folder, a .zip or an .npz file"
-        ) from error
-    with archive:
-        yield _some(_in_archive(archive, path), path)
+    with opened(path, "data") as stream:
+        try:
+            archive = zipfile.ZipFile(stream)
+        except (zipfile.BadZipFile, OSError) as error:
+            raise FileFormatError(
+                f"'{path}' is no whole zip archive ({error}); give a folder, a .zip or an .npz file"
+            ) from error
+        with archive:
+            yield _some(_in_archive(archive, path), path)
 
 
 def _some(files: list[ImageFile], path: Path) -> list[ImageFile]:
@@ -82,8 +84,13 @@ def _in_folder(root: Path) -> list[ImageFile]:
             path = Path(folder) / name
             parts = path.relative_to(root).parts
             if _is_image(parts) and path.is_file():
-                files.append(ImageFile(parts, path.stat().st_size, path.read_bytes))
+                files.append(ImageFile(parts, path.stat().st_size, partial(_read_file, path)))
     return files
+
+
+def _read_file(path: Path) -> bytes:
+    with opened(path, "image") as stream:
+        return stream.read()
 
 
 def _in_archive(archive: zipfile.ZipFile, path: Path) -> list[ImageFile]:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from eigendamage.errors import FileFormatError, MismatchError
+from eigendamage.files import opened
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
@@ -23,7 +24,9 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     they are, whatever they are.
 
     Raises:
-        FileFormatError: if the file is missing, or holds no state dict.
+        MissingFileError: if there is no such file.
+        FileError: if it cannot be read.
+        FileFormatError: if it holds no state dict.
         MismatchError: if a tensor is missing, left over or of another shape; the model is then as
             it was.
     """
@@ -34,8 +37,8 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
 
 
 def _read(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise FileFormatError(f"there is no weights file '{path}'; check the path")
+    with opened(path, "file of weights"):  # what reads it has errors of its own for all else
+        pass
     if path.suffix == ".safetensors":
         try:
             return load_file(path)
