@@ -97,6 +97,8 @@ def session(model: nn.Module, x: Tensor, folder: str, number: int) -> Callable[[
     ed.export(model, path, format="onnx", example=x, progress=False)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    # Each session has threads of its own; those of the others must not wait at full speed.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     run = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     inputs: dict[str, np.ndarray] = {run.get_inputs()[0].name: x.numpy()}
     return partial(run.run, None, inputs)
