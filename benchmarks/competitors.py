@@ -132,7 +132,7 @@ class Gradients:
     """Of the loss by the true labels: its gradient, and the mean square over single examples."""
 
     def __init__(self, model: nn.Module, data: Labelled) -> None:
-        model = copy.deepcopy(model).eval()
+        model = copy.deepcopy(model).eval().requires_grad_(True)
         parameters = dict(model.named_parameters())
         self.mean = {n: torch.zeros_like(p) for n, p in parameters.items()}
         self.square = {n: torch.zeros_like(p) for n, p in parameters.items()}
@@ -183,24 +183,42 @@ def torch_pruned(
     example: Tensor,
     known: Known,
     name: str,
-    isomorphic: bool,
+    which: str,
     kept: float,
     multiple: int | None = None,
 ) -> nn.Module:
-    """Channels removed in one step by one of Torch-Pruning's importances."""
+    """Channels removed in one step by one of Torch-Pruning's importances.
+
+    Args:
+        model: with convolutions for shortcuts that pad; what they weigh stays as it is in training.
+        example: an input.
+        known: what the importance may need.
+        name: of the importance.
+        which: ``global`` over all channels, ``isomorphic`` among layers of a kind, or ``inner``:
+            global over those channels of a block that no shortcut passes on.
+        kept: the fraction of channels to leave.
+        multiple: what widths are multiples of.
+    """
     small = copy.deepcopy(model)
+    whole: list[nn.Module] = [small.linear]
+    if which == "inner":
+        whole += [small.conv1, *(m.conv2 for m in small.modules() if hasattr(m, "conv2"))]
+        whole += [m.conv for m in small.modules() if isinstance(m, CopiedChannels)]
     pruner = tp.pruner.BasePruner(
         small,
         example,
         importance=IMPORTANCES[name](small, known),
         global_pruning=True,
-        isomorphic=isomorphic,
+        isomorphic=which == "isomorphic",
         pruning_ratio=1 - kept,
-        ignored_layers=[small.linear],
+        ignored_layers=whole,
         round_to=multiple,
     )
     pruner.step()
     small.zero_grad()
+    for module in small.modules():
+        if isinstance(module, CopiedChannels):
+            module.requires_grad_(False)
     return small
 
 
@@ -312,11 +330,9 @@ def competitors(
 
         return closest(make, macs)
 
-    def pruned(
-        name: str, isomorphic: bool, budget: float, multiple: int | None = None
-    ) -> nn.Module:
-        make = partial(torch_pruned, convolved, example, known, name, isomorphic, multiple=multiple)
-        return fitted(make, budget)
+    def pruned(name: str, which: str, budget: float, multiple: int | None = None) -> nn.Module:
+        make = partial(torch_pruned, convolved, example, known, name, which, multiple=multiple)
+        return with_indexed_shortcuts(fitted(make, budget))
 
     def by_svd(whitened: bool, budget: float) -> nn.Module:
         parts = {
@@ -326,11 +342,9 @@ def competitors(
         return fitted(partial(low_rank, model, parts), budget)
 
     found: dict[str, Callable[[float], nn.Module]] = {
-        f"Torch-Pruning {name}, {'isomorphic' if isomorphic else 'global'}": partial(
-            pruned, name, isomorphic
-        )
+        f"Torch-Pruning {name}, {which}": partial(pruned, name, which)
         for name in IMPORTANCES
-        for isomorphic in (False, True)
+        for which in ("global", "isomorphic", "inner")
     }
     found["Tucker-2"] = lambda budget: fitted(partial(tucker, model), budget)
     found["SVD"] = partial(by_svd, False)

@@ -28,13 +28,13 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import torch
-from competitors import competitors, with_indexed_shortcuts
+from competitors import competitors
 from recording import add_row
 from torch import Tensor, nn
 
 import eigendamage as ed
 from eigendamage import zoo
-from eigendamage.measure import time_together
+from eigendamage.measure._timing import samples_of
 
 EXAMPLES = 2000
 OTHERS = ("Torch-Pruning GroupTaylor, global", "Torch-Pruning GroupMagnitude, isomorphic")
@@ -84,7 +84,7 @@ def candidates(given: argparse.Namespace, model: nn.Module) -> dict[str, nn.Modu
             name = f"auto, latency {budget:g} at batch {batch}"
             found[name] = ours(name, ed.Budget(latency=budget), latency_batch=batch)
         for name, multiple in product(OTHERS, (1, 8)):
-            small = with_indexed_shortcuts(others[name](budget, multiple=multiple))
+            small = others[name](budget, multiple=multiple)
             ed.recalibrate_batchnorm(small, unlabeled, progress=False)
             widths = ", multiples of 8" if multiple == 8 else ""
             found[f"{name}{widths}, macs {budget:g}"] = small
@@ -147,6 +147,7 @@ def main() -> None:
     made = candidates(given, model)
     models = {name: m.eval() for name, m in made.items() if isinstance(m, nn.Module)}
     times: dict[str, dict[str, float]] = {name: {} for name in models}
+    spreads: dict[str, dict[str, float]] = {name: {} for name in models}
     with tempfile.TemporaryDirectory() as folder:
         for way in ("eager", "channels_last", "torch.compile", "onnxruntime"):
             for batch in (1, 64):
@@ -157,11 +158,11 @@ def main() -> None:
                     for call in each:
                         call()
                 print(f"timing {way}, {batch}", flush=True)
-                found = time_together(
-                    each, device=torch.device("cpu"), rounds=ROUNDS, min_seconds=SAMPLE
-                )
-                for name, spent in zip(models, found, strict=True):
-                    times[name][f"{way}, {batch}"] = spent
+                samples = samples_of(each, torch.device("cpu"), ROUNDS, min_seconds=SAMPLE)
+                low, middle, high = np.quantile(samples, (0.25, 0.5, 0.75), axis=0)
+                for number, name in enumerate(models):
+                    times[name][f"{way}, {batch}"] = float(middle[number])
+                    spreads[name][f"{way}, {batch}"] = float(high[number] - low[number])
     for name, small in made.items():
         row: dict[str, Any] = {"network": given.network, "seed": 0, "candidate": name}
         if isinstance(small, str):
@@ -170,6 +171,7 @@ def main() -> None:
             row["macs"] = ed.count(small, test.images[:1]).macs / whole
             row["accuracy"] = ed.evaluate(small, test.batches(200), progress=False).accuracy
             row["milliseconds"] = times[name]
+            row["interquartile_milliseconds"] = spreads[name]
         print(row, flush=True)
         head = {"command": COMMAND, "rounds": ROUNDS, "examples": EXAMPLES}
         add_row(given.out, head, row, ("network", "seed", "candidate"))

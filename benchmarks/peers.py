@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from competitors import competitors, shortcut_macs, shortcut_parameters
+from competitors import competitors
 from recording import add_row, known_rows
 from torch import nn
 
@@ -166,15 +166,14 @@ class Harness:
         # On a CPU narrow convolutions run faster so; it is the same for all.
         small.to(memory_format=torch.channels_last)
         counted = ed.count(small, self.example)
-        macs = counted.macs - shortcut_macs(small, self.example)
         row = {
             "network": self.network,
             "seed": self.seed,
             "budget": budget,
             "epochs": epochs,
             "method": method,
-            "macs": macs / self.whole.macs,
-            "parameters": (counted.parameters - shortcut_parameters(small)) / self.whole.parameters,
+            "macs": counted.macs / self.whole.macs,
+            "parameters": counted.parameters / self.whole.parameters,
             "base": self.base,
             "untrained": ed.evaluate(small, self.test, progress=False).accuracy,
             "seconds": round(seconds, 1),

@@ -41,7 +41,9 @@ import eigendamage as ed
 from eigendamage import zoo
 
 EXAMPLES = 2000
-KEYS = ("network", "seed", "method")
+TRAINING = ("train_epochs", "train_rate", "images", "precision")
+TUNING = ("rounds", "epochs", "last_epochs", "rate")
+KEYS = ("network", "seed", *TRAINING, *TUNING, "method")
 COMMAND = "python benchmarks/wide_resnet32.py --network NETWORK --data CIFAR10.zip --work FOLDER"
 
 
@@ -67,7 +69,8 @@ class Run:
     def __init__(self, given: argparse.Namespace) -> None:
         self.given, self.goal = given, GOALS[given.network]
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.work = given.work / f"{given.network}-{given.seed}"
+        self.base_work = given.work / "-".join(self.settings("network", "seed", *TRAINING))
+        self.work = self.base_work / "-".join(self.settings(*TUNING))
         self.work.mkdir(parents=True, exist_ok=True)
         self.train = self.images("train", given.images)
         self.test = self.images("test", None).batches(250)
@@ -75,6 +78,9 @@ class Run:
         self.labelled = few.batches(125)
         self.unlabeled = zoo.ImageSet(few.images).batches(125)
         self.example = few.images[:1]
+
+    def settings(self, *keys: str) -> list[str]:
+        return [str(vars(self.given)[key]) for key in keys]
 
     def images(self, split: str, limit: int | None) -> zoo.ImageSet:
         found = zoo.load_images(self.given.data, split, limit=limit, seed=self.given.seed)
@@ -112,7 +118,7 @@ class Run:
         """The network trained from scratch."""
         torch.manual_seed(self.given.seed)
         model = self.goal.make().to(self.device, memory_format=torch.channels_last)
-        kept = self.work / "base.safetensors"
+        kept = self.base_work / "base.safetensors"
         if not kept.exists():
             self.tuned(model, self.given.train_epochs, self.given.train_rate, "base", None)
             save_file({k: v.contiguous() for k, v in model.state_dict().items()}, kept)
@@ -146,7 +152,7 @@ class Run:
             if not kept.exists():
                 known = Gradients(small, self.labelled)
                 make = partial(
-                    torch_pruned, small, self.example, lambda k=known: k, "GroupTaylor", False
+                    torch_pruned, small, self.example, lambda k=known: k, "GroupTaylor", "global"
                 )
 
                 def left(cut: nn.Module, share: float = share) -> float:
@@ -182,12 +188,7 @@ class Run:
             "parameters": (counted.parameters - shortcut_parameters(small)) / whole.parameters,
             "base": base,
             "accuracy": self.accuracy(small),
-            "train_epochs": self.given.train_epochs,
-            "rounds": self.given.rounds,
-            "epochs": self.given.epochs,
-            "last_epochs": self.given.last_epochs,
-            "images": len(self.train),
-            "precision": self.given.precision,
+            **{key: vars(self.given)[key] for key in (*TRAINING, *TUNING)},
             "device": str(self.device),
             "seconds_since_the_last_start": round(time.perf_counter() - start, 1),
         }
@@ -204,7 +205,9 @@ def resized(model: nn.Module, state: dict[str, torch.Tensor]) -> nn.Module:
             value = state.get(f"{name}.{key}" if name else key)
             if value is None:
                 continue
-            new = nn.Parameter(value) if key in module._parameters else value
+            old = getattr(module, key)
+            trained = isinstance(old, nn.Parameter) and old.requires_grad
+            new = nn.Parameter(value, trained) if key in module._parameters else value
             setattr(module, key, new)
         if isinstance(module, nn.Conv2d):
             module.out_channels, module.in_channels = module.weight.shape[:2]
@@ -227,7 +230,7 @@ def main() -> None:
     parser.add_argument("--last-epochs", type=int, default=20, help="in the end")
     parser.add_argument("--rate", type=float, default=0.02, help="of fine-tuning")
     parser.add_argument("--precision", choices=("bf16", "no"), default="bf16", help="of training")
-    parser.add_argument("--images", type=int, help="fewer than all, to try it")
+    parser.add_argument("--images", type=int, default=50_000, help="of training, at most")
     parser.add_argument("--seed", type=int, default=0)
     here = Path(__file__).parent / "results" / "wide_resnet32.json"
     parser.add_argument("--out", type=Path, default=here)
@@ -247,7 +250,7 @@ def main() -> None:
     }
     done = {tuple(row[key] for key in KEYS) for row in known_rows(given.out)}
     for method, make in ways.items():
-        if (given.network, given.seed, method) in done:
+        if tuple({**vars(given), "method": method}[key] for key in KEYS) in done:
             continue
         start = time.perf_counter()
         run.row(method, make(), base, start)
