@@ -41,7 +41,8 @@ def growth(results: Results, table: Table) -> str:
     for axis, stages in results["exponents"].items():
         for stage, exponent in stages.items():
             theory = results["theory"].get(axis, {}).get(stage, "")
-            if exponent is not None:
+            measured = stage != "peak memory" or "peak_above_start" in results["rows"][0]
+            if exponent is not None and measured:
                 rows.append([axis, stage, theory, f"{exponent:.2f}", *_ends(results, axis, stage)])
     start = ", ".join(f"{name} {value}" for name, value in results["from"].items())
     return (
@@ -56,7 +57,7 @@ def _ends(results: Results, axis: str, stage: str) -> list[str]:
     said: list[str] = []
     for row in (rows[0], rows[-1]):
         if stage == "peak memory":
-            said.append(f"{row['peak'] / 1e6:.0f} MB at {row['value']}")
+            said.append(f"{row['peak_above_start'] / 1e6:.0f} MB at {row['value']}")
         else:
             spent = row["whole"] if stage == "whole" else row["seconds"].get(stage, 0.0)
             said.append(f"{spent:.2f} s at {row['value']}")

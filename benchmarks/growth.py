@@ -30,7 +30,6 @@ from torch import Tensor, nn
 import eigendamage as ed
 
 Result = TypeVar("Result")
-STAGES = ("curvature", "menus", "plan", "calibration", "surgery", "repair")
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,7 @@ def measured(size: Size) -> dict[str, Any]:
     result, peak = peak_above_start(lambda: compressed(model, data))
     whole = time.perf_counter() - start
     seconds = {k: v for k, v in result.report.seconds.items() if k != "measurement"}
-    return {"seconds": seconds, "whole": whole, "peak": peak}
+    return {"seconds": seconds, "whole": whole, "peak_above_start": peak}
 
 
 def slope(xs: Sequence[float], ys: Sequence[float]) -> float | None:
@@ -225,7 +224,7 @@ def main() -> None:
             for stage in stages
         }
         exponents[axis]["whole"] = slope(values, [row["whole"] for row in of_axis])
-        exponents[axis]["peak memory"] = slope(values, [row["peak"] for row in of_axis])
+        exponents[axis]["peak memory"] = slope(values, [row["peak_above_start"] for row in of_axis])
     found = rates()
     result = {
         "command": "python benchmarks/growth.py",

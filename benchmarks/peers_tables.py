@@ -52,7 +52,7 @@ def render(results: Mapping[str, Any], epochs: int, table: Table) -> str:
             ]
             for method in methods
         ]
-        header = ["method", *(f"{100 * b:g} % of the MACs" for b in budgets), "parameters left, %"]
+        header = ["method", *map(_column, budgets), "parameters left, %"]
         base = statistics.mean(row["base"] for row in rows)
         seeds = ", ".join(str(seed) for seed in sorted({row["seed"] for row in rows}))
         parts += [
@@ -60,44 +60,57 @@ def render(results: Mapping[str, Any], epochs: int, table: Table) -> str:
             table(header, lines),
             _ahead(found, budgets),
         ]
-    return "\n\n".join([*parts, _source(results)]) if parts else "*Not measured yet.*"
+    return "\n\n".join([*parts, _source(results, epochs)]) if parts else "*Not measured yet.*"
 
 
 KINDS: dict[str, Callable[[str], bool]] = {
     "`auto`": lambda method: method == OURS,
-    "the paper's family, best of {}": lambda method: method.startswith("ours, ") and method != OURS,
-    "Torch-Pruning, best of {}": lambda method: method.startswith("Torch-Pruning"),
-    "SVD and Tucker-2, best of {}": lambda method: "SVD" in method or method == "Tucker-2",
+    "the paper's family": lambda method: method.startswith("ours, ") and method != OURS,
+    "Torch-Pruning": lambda method: method.startswith("Torch-Pruning"),
+    "SVD and Tucker-2": lambda method: "SVD" in method or method == "Tucker-2",
 }
+STAGES = {0: "no training", 2: "after two epochs"}
 
 
 def short(results: Mapping[str, Any], table: Table) -> str:
-    """Of each kind of method the best at each budget, without training."""
+    """Of each kind of method the best at each budget, without training and with."""
     parts: list[str] = []
-    for network, rows in by_network(results, 0).items():
-        budgets = sorted({row["budget"] for row in rows}, reverse=True)
-        found = means(rows)
-        lines: list[list[str]] = []
-        for kind, belongs in KINDS.items():
-            methods = {method for method, _ in found if belongs(method)}
-            best = [
-                max((found[m, b] for m in methods if (m, b) in found), key=statistics.mean)
-                if any((m, b) in found for m in methods)
-                else None
-                for b in budgets
-            ]
-            lines.append([kind.format(len(methods)), *map(_cell, best)])
-        base = statistics.mean(row["base"] for row in rows)
-        header = [
-            f"{network}, {100 * base:.1f} %",
-            *(f"{100 * b:g} % of the MACs" for b in budgets),
-        ]
-        parts.append(table(header, lines))
+    for epochs, stage in STAGES.items():
+        for network, rows in by_network(results, epochs).items():
+            budgets = sorted({row["budget"] for row in rows}, reverse=True)
+            base = statistics.mean(row["base"] for row in rows)
+            header = [f"{network}, {100 * base:.1f} %; {stage}", *map(_column, budgets)]
+            parts.append(table(header, _best_of_kinds(means(rows), budgets)))
+    seeds = sorted({row["seed"] for row in results["rows"]})
     said = (
-        "Accuracy in percent on the test split of CIFAR-10, without training. The best of several "
-        f"is the best by this very table. `{results['command']}`."
+        "Accuracy in percent on the whole test split (CIFAR-10; Fashion-MNIST for demo_network), "
+        f"seed {', '.join(map(str, seeds))}. The best of several is the best by this very table. "
+        f"`{results['command']}`."
     )
     return "\n\n".join([*parts, said])
+
+
+def _best_of_kinds(
+    found: Mapping[tuple[str, float], list[float]], budgets: Sequence[float]
+) -> list[list[str]]:
+    lines: list[list[str]] = []
+    for kind, belongs in KINDS.items():
+        methods = {method for method, _ in found if belongs(method)}
+        if not methods:
+            continue
+        best = [
+            max(
+                (found[m, b] for m in methods if (m, b) in found), key=statistics.mean, default=None
+            )
+            for b in budgets
+        ]
+        several = f", best of {len(methods)}" if len(methods) > 1 else ""
+        lines.append([f"{kind}{several}", *map(_cell, best)])
+    return lines
+
+
+def _column(budget: float) -> str:
+    return f"{100 * budget:g} % of the MACs"
 
 
 def _rank(
@@ -139,13 +152,16 @@ def _ahead(found: Mapping[tuple[str, float], Sequence[float]], budgets: Iterable
     return f"`auto` is {'; '.join(said)}." if said else ""
 
 
-def _source(results: Mapping[str, Any]) -> str:
-    first = results["rows"][0]
+def _source(results: Mapping[str, Any], epochs: int) -> str:
+    rows = [row for row in results["rows"] if row["epochs"] == epochs]
+    training = f"; peak learning rate {results['learning_rate']:g} for all" if epochs else ""
+    versions = {(row["versions"]["torch"], row["versions"]["eigendamage"]) for row in rows}
+    cores = sorted({row["machine"]["cores"] for row in rows})
+    said = " and ".join(f"torch {torch}, eigendamage {ours}" for torch, ours in sorted(versions))
     return (
         f"Accuracy in percent on the whole test split; MACs are at most those of the column. "
-        f"`{results['command']}`; {results['examples']:,} images for all, peak learning rate "
-        f"{results['learning_rate']:g} for all; {first['machine']['cores']} cores, torch "
-        f"{first['versions']['torch']}, eigendamage {first['versions']['eigendamage']}."
+        f"`{results['command']}`; {results['examples']:,} images for all{training}; "
+        f"{', '.join(map(str, cores))} cores, {said}."
     )
 
 
@@ -190,6 +206,7 @@ _STYLES: dict[str, dict[str, Any]] = {
     "ours, kron-obs": {"color": "#2b8a4f", "linestyle": (0, (4, 2))},
     "ours, eigendamage": {"color": "#2b8a4f", "linestyle": (0, (1, 1))},
     "Torch-Pruning GroupTaylor, global": {"color": "#b5403a"},
+    "Torch-Pruning GroupTaylor, inner": {"color": "#b5403a", "linestyle": (0, (3, 1, 1, 1))},
     "Torch-Pruning GroupMagnitude, global": {"color": "#b5403a", "linestyle": (0, (4, 2))},
     "Torch-Pruning Hessian, global": {"color": "#b5403a", "linestyle": (0, (1, 1))},
     "input-whitened SVD": {"color": "#2f6db3"},
