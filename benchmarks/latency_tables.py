@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+
 Results = Mapping[str, Any]
 Rows = list[Mapping[str, Any]]
 Table = Callable[..., str]
@@ -45,27 +47,41 @@ def render(results: Results, table: Table) -> str:
             ]
             for row in made
         ]
-        lines += [
-            [row["candidate"], "refused", *["–"] * (3 + len(ways))]
-            for row in rows
-            if "refused" in row
-        ]
+        refused = [row for row in rows if "refused" in row]
         best = [f"fastest way, {batch}" for batch in BATCHES]
         parts += [
             f"**{network}**",
-            table(["network", "MACs left", "accuracy", *best, *ways], lines),
+            table(["candidate", "MACs left", "accuracy", *best, *ways], lines),
             _original(first),
+            *(
+                f"Refused, {row['candidate']}: {row['refused'].partition(';')[0]}."
+                for row in refused
+            ),
         ]
     first = results["rows"][0]
     threads, cores = first["machine"]["threads"], first["machine"]["cores"]
     parts.append(
         f"Times as fractions of the original's, medians of {results['rounds']} rounds in which all "
-        f"take turns; the number after the way is the batch; the fastest way of each is held "
-        f"against the fastest way of the original. No training. `{results['command']}`, "
-        f"seed 0, {threads} threads of {cores} cores; torch "
+        f"take turns{_spread(results)}; the number after the way is the batch; the fastest way of "
+        f"each is held against the fastest way of the original. No training. "
+        f"`{results['command']}`, seed 0, {threads} threads of {cores} cores; torch "
         f"{first['versions']['torch']}, eigendamage {first['versions']['eigendamage']}."
     )
     return "\n\n".join(parts)
+
+
+def _spread(results: Results) -> str:
+    """How far the quartiles of a time lie apart, as a fraction of its median."""
+    ratios = [
+        spread / row["milliseconds"][way]
+        for row in results["rows"]
+        for way, spread in row.get("interquartile_milliseconds", {}).items()
+    ]
+    median, high = np.quantile(ratios, (0.5, 0.9))
+    return (
+        f" (half of the times have quartiles at most {100 * median:.0f} % of the median apart, "
+        f"nine in ten at most {100 * high:.0f} %)"
+    )
 
 
 def _original(row: Mapping[str, Any]) -> str:
@@ -95,21 +111,21 @@ def _kind(candidate: str, batch: int) -> str | None:
     """What a candidate is called in the picture; None if it was made for the other batch."""
     if "latency" in candidate:
         return "auto, by latency" if candidate.endswith(f"at batch {batch}") else None
-    return candidate.rpartition(", macs ")[0].removeprefix("Torch-Pruning ")
+    return candidate.rpartition(", macs ")[0]
 
 
 _STYLES: dict[str, dict[str, Any]] = {
     "auto": {"color": "#2b8a4f", "marker": "o"},
     "auto, channels alone": {"color": "#2b8a4f", "marker": "^", "linestyle": (0, (1, 1))},
     "auto, by latency": {"color": "#2b8a4f", "marker": "s", "linestyle": (0, (4, 2))},
-    "GroupTaylor, global": {"color": "#b5403a", "marker": "o"},
-    "GroupTaylor, global, multiples of 8": {
+    "Torch-Pruning GroupTaylor, global": {"color": "#b5403a", "marker": "o"},
+    "Torch-Pruning GroupTaylor, global, multiples of 8": {
         "color": "#b5403a",
         "marker": "s",
         "linestyle": (0, (4, 2)),
     },
-    "GroupMagnitude, isomorphic": {"color": "#2f6db3", "marker": "o"},
-    "GroupMagnitude, isomorphic, multiples of 8": {
+    "Torch-Pruning GroupMagnitude, isomorphic": {"color": "#2f6db3", "marker": "o"},
+    "Torch-Pruning GroupMagnitude, isomorphic, multiples of 8": {
         "color": "#2f6db3",
         "marker": "s",
         "linestyle": (0, (4, 2)),
@@ -121,7 +137,7 @@ def panels(left: Any, right: Any, drawn: Mapping[str, list[float]]) -> None:
     """Accuracy against time, one panel for each size of batch."""
     for axes, batch in ((left, 1), (right, 64)):
         axes.set_title(f"Batch {batch}")
-        axes.set(xlabel="time of the original, %, each in its fastest way", ylabel="accuracy, %")
+        axes.set(xlabel="time, % of the original's, each in its fastest way", ylabel="accuracy, %")
         for kind, style in _STYLES.items():
             times = drawn.get(f"{batch} {kind} time", [])
             pairs = sorted(zip(times, drawn.get(f"{batch} {kind} accuracy", []), strict=True))
