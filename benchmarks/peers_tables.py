@@ -165,6 +165,37 @@ def _source(results: Mapping[str, Any], epochs: int) -> str:
     )
 
 
+def headline(results: Mapping[str, Any], table: Table) -> str:
+    """Of each network trained from scratch what is left, and how accurate, in equal rounds."""
+    parts: list[str] = []
+    groups: dict[tuple[Any, ...], Rows] = {}
+    keys = ("network", "train_epochs", "rounds", "epochs", "last_epochs", "images", "precision")
+    for row in results["rows"]:
+        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+    for (network, trained, rounds, epochs, last, images, precision), rows in groups.items():
+        lines = [
+            [
+                f"{row['method']}, seed {row['seed']}",
+                f"{100 * row['macs']:.1f} %",
+                f"{100 * row['parameters']:.1f} %",
+                f"{100 * row['base']:.2f} %",
+                f"{100 * row['accuracy']:.2f} %",
+                f"{100 * (row['accuracy'] - row['base']):+.2f}",
+            ]
+            for row in sorted(rows, key=lambda row: -row["accuracy"])
+        ]
+        header = ["method", "MACs left", "parameters left", "before", "after", "points"]
+        how = "bfloat16" if precision == "bf16" else "float32"
+        parts += [
+            f"**{network}**, epochs from scratch on {images:,} images: {trained}; then {rounds} "
+            f"rounds of {epochs} of fine-tuning each, and {last} in the end; {how}, "
+            f"{rows[0]['device'].upper()}",
+            table(header, lines),
+        ]
+    said = f"The whole test split, after the last epoch. `{results['command']}` with these numbers."
+    return "\n\n".join([*parts, said])
+
+
 def points(results: Mapping[str, Any]) -> dict[str, list[float]]:
     """Of the first network, by epochs and method: MACs and accuracies, of means over the seeds."""
     drawn: dict[str, list[float]] = {}

@@ -585,6 +585,10 @@ TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "peers-short": ("peers.json", lambda results: peers_tables.short(results, table)),
     "peers-untrained": ("peers.json", lambda results: peers_tables.render(results, 0, table)),
     "peers-trained": ("peers.json", lambda results: peers_tables.render(results, 2, table)),
+    "headline": (
+        "wide_resnet32.json",
+        lambda results: peers_tables.headline(results, table),
+    ),
     "score-cost": ("score_cost.json", lambda results: cost_tables.score_cost(results, table)),
     "sentence-encoder": (
         "sentence_encoder.json",
