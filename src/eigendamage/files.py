@@ -53,11 +53,13 @@ def written_beside(path: str | Path) -> Generator[Path]:
 
     Raises:
         MissingFileError: if the folder does not exist.
-        FileError: if it cannot be written, because the disk is full, say. What was there stays.
+        FileError: if it cannot be written, because the disk is full, say, or because there is a
+            folder, a device or a pipe in its place. What was there stays.
     """
     final = Path(path)
     if not final.parent.is_dir():
         raise MissingFileError(f"cannot write {final}: the folder {final.parent} does not exist")
+    refuse_special(final)
     beside = _beside(final)
     with _told(final):
         try:
@@ -65,6 +67,17 @@ def written_beside(path: str | Path) -> Generator[Path]:
             beside.replace(final)
         finally:
             beside.unlink(missing_ok=True)
+
+
+def refuse_special(path: Path) -> None:
+    """Refuse to replace what is no regular file: a rename would put one in a device's place.
+
+    Raises:
+        FileError: if there is a folder, a device, a pipe or a socket. Links are followed.
+    """
+    if path.exists() and not path.is_file():
+        what = "a folder" if path.is_dir() else "no regular file but a device, a pipe or a socket"
+        raise FileError(f"cannot write {path}: it is {what}, which stays as it is; give a file")
 
 
 @contextmanager
@@ -78,11 +91,13 @@ def written_together(directory: str | Path, names: Sequence[str]) -> Generator[P
 
     Raises:
         NotAFolderError: if there is a file of that name.
-        FileError: if it cannot be written.
+        FileError: if it cannot be written, or one of ``names`` in it is no regular file.
     """
     final = Path(directory)
     if final.exists() and not final.is_dir():
         raise NotAFolderError(f"cannot write into {final}: it is a file, not a folder")
+    for name in names:
+        refuse_special(final / name)
     beside = _beside(final.absolute())
     with _told(final):
         final.parent.mkdir(parents=True, exist_ok=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import resource
 import threading
 from collections.abc import Callable, Generator
@@ -94,6 +95,40 @@ def test_a_file_in_place_of_the_folder_is_told(
         WRITERS[what](small, blocked)
     assert blocked.read_text(encoding="utf-8") == "mine"
     assert _contents(tmp_path).keys() == {"blocked"}
+
+
+@pytest.mark.parametrize("what", [name for name in WRITERS if name != "a model"])
+def test_a_pipe_or_a_folder_in_place_of_the_file_stays(
+    what: str, small: ed.Compressed, tmp_path: Path
+) -> None:
+    """A pipe stands for all that a rename would replace by a file, as a device."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "x").symlink_to("pipe")
+    with pytest.raises(ed.FileError, match=r"cannot write .*x: it is no regular file"):
+        WRITERS[what](small, tmp_path)
+    assert (tmp_path / "x").is_symlink()
+    assert (tmp_path / "pipe").is_fifo()
+    (tmp_path / "x").unlink()
+    (tmp_path / "x").mkdir()
+    with pytest.raises(ed.FileError, match=r"cannot write .*x: it is a folder"):
+        WRITERS[what](small, tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["pipe", "x"]
+
+
+def test_a_pipe_among_the_files_of_a_model_stays(small: ed.Compressed, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "report.html")
+    with pytest.raises(ed.FileError, match=r"cannot write .*report\.html: it is no regular file"):
+        ed.save(small, tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
+    assert (tmp_path / "report.html").is_fifo()
+
+
+def test_a_file_behind_a_link_may_be_replaced(small: ed.Compressed, tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("mine", encoding="utf-8")
+    (tmp_path / "x").symlink_to("mine")
+    small.plan.save(tmp_path / "x")
+    assert ed.Plan.load(tmp_path / "x") == small.plan
+    assert (tmp_path / "mine").read_text(encoding="utf-8") == "mine"
 
 
 @pytest.mark.parametrize("moment", [KeyboardInterrupt, MemoryError])
