@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from shutil import rmtree
 from threading import get_ident
-from typing import BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
@@ -186,6 +186,26 @@ def _told(path: Path) -> Generator[None]:
         ) from error
 
 
+def parsed(content: str | bytes) -> Any:
+    """What a JSON document says.
+
+    Raises:
+        ValueError: if it is none, or names a field twice, of which another reader might take the
+            other.
+        RecursionError: if it is nested too deep.
+    """
+    return json.loads(content, object_pairs_hook=_once_each)
+
+
+def _once_each(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(fields)
+    if len(found) < len(fields):
+        names = [name for name, _ in fields]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"it has the field '{twice}' twice")
+    return found
+
+
 D = TypeVar("D", bound="Document")
 
 
@@ -221,7 +241,7 @@ class Document(Frozen):
         except OSError as error:
             raise FileError(f"cannot read the {what} at {path}: {error.strerror}") from error
         try:
-            raw = json.loads(content)
+            raw = parsed(content)
             if not isinstance(raw, dict) or "version" not in raw:
                 raise FileFormatError(f"{path} is not a {what}: it says no version")
             return cls.model_validate_json(json.dumps(raw))
@@ -232,4 +252,4 @@ class Document(Frozen):
         except (BudgetError, TypeError) as error:
             raise FileFormatError(f"{path} is not a {what}: {error}") from error
         except (ValueError, RecursionError) as error:
-            raise FileFormatError(f"{path} is not a {what}, nor any JSON: {error}") from error
+            raise FileFormatError(f"{path} is not a {what}, nor sound JSON: {error}") from error

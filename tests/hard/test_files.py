@@ -241,6 +241,16 @@ def test_a_hostile_document_is_refused(what: str, kind: str, tmp_path: Path) -> 
         readers[kind]()
 
 
+def test_a_field_that_is_there_twice_is_named(small: ed.Compressed, tmp_path: Path) -> None:
+    small.plan.save(tmp_path / "plan.json")
+    text = (tmp_path / "plan.json").read_text(encoding="utf-8")
+    twice = text.replace('"kind":', '"kind": "keep", "kind":', 1)
+    (tmp_path / "plan.json").write_text(twice, encoding="utf-8")
+    assert json.loads(twice) == json.loads(text)
+    with pytest.raises(ed.FileFormatError, match=r"plan.* the field 'kind' twice"):
+        ed.Plan.load(tmp_path / "plan.json")
+
+
 def _header(**entries: object) -> bytes:
     text = json.dumps(entries).encode()
     return len(text).to_bytes(8, "little") + text
