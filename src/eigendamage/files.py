@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Generator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from shutil import rmtree
 from threading import get_ident
+from time import monotonic, sleep
 from typing import Any, BinaryIO, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -27,6 +28,12 @@ try:
     import fcntl
 except ImportError:  # not on Windows
     fcntl = None
+
+_PATIENCE_S = 5.0
+"""How long a writer waits for another that moves its files; that takes milliseconds."""
+_MOMENT_S = 0.1
+"""How long a run waits for a writer; what keeps the folder for longer is another run."""
+_PAUSE_S = 0.01
 
 
 @contextmanager
@@ -104,7 +111,9 @@ def written_together(directory: str | Path, names: Sequence[str]) -> Generator[P
         beside.mkdir()
         try:
             yield beside
-            with _locked(final.absolute().parent, wait=True):
+            with ExitStack() as stack:
+                with suppress(BlockingIOError):  # then it is a run in the folder above, no writer
+                    stack.enter_context(_locked(final.absolute().parent, _PATIENCE_S))
                 _move(beside, final, names)
         finally:
             rmtree(beside, ignore_errors=True)
@@ -126,41 +135,52 @@ def alone_in(directory: Path) -> Generator[None]:
     """Keep other runs out of a folder, which is made if it is not there.
 
     A process that ends, however it does, lets go. Where the system or the disk has no locks, none
-    is kept out.
+    is kept out. A folder that was made for this and has nothing in it at the end is removed.
 
     Raises:
         FileError: if another run is in it, or it cannot be made.
     """
-    with _told(directory):
-        directory.mkdir(parents=True, exist_ok=True)
+    new = not directory.exists()
     with ExitStack() as stack:
         try:
-            stack.enter_context(_locked(directory, wait=False))
+            with _told(directory):
+                directory.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(_locked(directory, _MOMENT_S))
         except BlockingIOError as error:
             raise FileError(
                 f"another run is at work in {directory}; wait until it ends, or give another folder"
             ) from error
-        yield
+        try:
+            yield
+        finally:
+            if new:
+                with suppress(OSError):  # as it is not empty
+                    directory.rmdir()
 
 
 @contextmanager
-def _locked(directory: Path, *, wait: bool) -> Generator[None]:
+def _locked(directory: Path, patience: float) -> Generator[None]:
     """Hold the lock of a folder itself, so that no file of a lock is left behind.
 
     Raises:
-        BlockingIOError: if it is held already and ``wait`` is False.
+        BlockingIOError: if another holds it for all of these seconds.
     """
     if fcntl is None:
         yield
         return
     handle = os.open(directory, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise
-        except OSError:
-            pass  # some network disks have no locks
+        end = monotonic() + patience
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if monotonic() >= end:
+                    raise
+                sleep(_PAUSE_S)
+            except OSError:
+                break  # some network disks have no locks
         yield
     finally:
         os.close(handle)
@@ -176,7 +196,7 @@ def _told(path: Path) -> Generator[None]:
     """Say of an error of the system, or of a writer of files, which file could not be written."""
     try:
         yield
-    except EigenDamageError:
+    except (EigenDamageError, BlockingIOError):  # the latter is of a lock
         raise
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)

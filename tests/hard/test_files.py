@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import eigendamage as ed
+from eigendamage import files
 from eigendamage.files import alone_in, written_beside, written_together
 from eigendamage.report import write_page
 from eigendamage.training._checkpoint import Checkpoint
@@ -185,6 +186,16 @@ def test_a_second_run_in_a_folder_is_refused_and_changes_nothing(tmp_path: Path)
     result = _run(folder, 0.6)
     assert result.report.macs[1] <= 0.6 * result.report.macs[0]
     assert not [name for name in _contents(folder) if ".part" in name]
+
+
+def test_a_model_is_saved_below_a_folder_in_which_a_run_is_at_work(
+    small: ed.Compressed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It waits for other writers, which are quick, and not until the run ends."""
+    monkeypatch.setattr(files, "_PATIENCE_S", 0.05)
+    with alone_in(tmp_path):
+        ed.save(small, tmp_path / "x")
+    assert ed.load(network(), tmp_path / "x").state_dict().keys() == small.model.state_dict().keys()
 
 
 def test_models_that_are_saved_at_once_do_not_mix(tmp_path: Path, small: ed.Compressed) -> None:
