@@ -107,7 +107,7 @@ def written_together(directory: str | Path, names: Sequence[str]) -> Generator[P
         refuse_special(final / name)
     beside = _beside(final.absolute())
     with _told(final):
-        final.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(final.parent)
         beside.mkdir()
         try:
             yield beside
@@ -130,6 +130,23 @@ def _move(beside: Path, final: Path, names: Sequence[str]) -> None:
             (final / name).unlink(missing_ok=True)
 
 
+def make_folder(directory: Path) -> None:
+    """Make a folder and those above it, if it is not there.
+
+    Raises:
+        NotAFolderError: if there is a file in its place, or in that of one above.
+        FileError: if it cannot be made.
+    """
+    with _told(directory):
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise NotAFolderError(
+                f"cannot make the folder {directory}: a file is in its place, or in that of a "
+                f"folder above; give another folder, or move the file away"
+            ) from error
+
+
 @contextmanager
 def alone_in(directory: Path) -> Generator[None]:
     """Keep other runs out of a folder, which is made if it is not there.
@@ -138,13 +155,13 @@ def alone_in(directory: Path) -> Generator[None]:
     is kept out. A folder that was made for this and has nothing in it at the end is removed.
 
     Raises:
-        FileError: if another run is in it, or it cannot be made.
+        FileError: if another run is in it, or it cannot be made (`make_folder`).
     """
     new = not directory.exists()
+    make_folder(directory)
     with ExitStack() as stack:
         try:
             with _told(directory):
-                directory.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(_locked(directory, _MOMENT_S))
         except BlockingIOError as error:
             raise FileError(

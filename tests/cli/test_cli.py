@@ -146,6 +146,32 @@ def test_a_folder_in_which_a_run_is_at_work_is_refused_until_all_is_written(
 
 
 @pytest.mark.usefixtures("narrow")
+@pytest.mark.parametrize("command", ["compress", "sweep"])
+def test_a_folder_that_is_no_folder_any_more_is_told(
+    command: str, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "small"
+    module = sys.modules[f"eigendamage.cli._{command}"]
+    work = getattr(module, command)
+
+    def gone(*given: Any, **options: Any) -> Any:
+        done = work(*given, **options)
+        if out.exists():
+            out.rmdir()
+        out.write_text("mine", encoding="utf-8")
+        return done
+
+    monkeypatch.setattr(module, command, gone)
+    budget = {"compress": "--macs", "sweep": "--budgets"}[command]
+    given = ["--model", "zoo:demo_network", "--data", str(images), "--out", str(out), "--quiet"]
+    given += ["--method", "eigendamage"] if command == "compress" else []
+    failed = runner.invoke(app, [command, *given, budget, "0.5"])
+    assert isinstance(failed.exception, NotAFolderError)
+    assert f"cannot make the folder {out}: a file is in its place" in str(failed.exception)
+    assert out.read_text(encoding="utf-8") == "mine"
+
+
+@pytest.mark.usefixtures("narrow")
 def test_images_without_a_test_split_hold_out_a_tenth(images: Path, tmp_path: Path) -> None:
     single = tmp_path / "one.npz"
     with np.load(images) as arrays:

@@ -27,7 +27,7 @@ from eigendamage.cli._sources import Training, load_data, load_model
 from eigendamage.compress import Compressed, compress, preview
 from eigendamage.curvature import EigenvalueKind, Fisher, save_curvature
 from eigendamage.distributed import decided, rank
-from eigendamage.files import alone_in
+from eigendamage.files import alone_in, make_folder
 from eigendamage.plan import ACTIONS, METHODS
 from eigendamage.report import PlanReport, print_plan, print_report
 from eigendamage.saving import save
@@ -260,6 +260,6 @@ def _show(plan: PlanReport, *, as_json: bool, quiet: bool) -> None:
 
 
 def _write(result: Compressed, out: Path) -> None:
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     save_curvature(result.curvature, out / "curvature.safetensors")
     save(result, out)

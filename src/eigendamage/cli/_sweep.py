@@ -14,6 +14,7 @@ from eigendamage.cli._parsing import floors, kinds, refuse_unwritable
 from eigendamage.cli._sources import load_data, load_model
 from eigendamage.compress import sweep
 from eigendamage.curvature import Fisher
+from eigendamage.files import make_folder
 from eigendamage.plan import ACTIONS, Budget, Unit
 from eigendamage.report import SweepRow, number, percent, plot_sweep, print_sweep
 
@@ -92,7 +93,7 @@ def sweep_command(
         progress=not quiet,
         on_row=tell,
     )
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     result.save(out / "sweep.json")
     print_sweep(result, console)
     for kind in ("svg", "png"):

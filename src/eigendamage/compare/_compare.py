@@ -28,6 +28,7 @@ from eigendamage.errors import (
     EigenDamageError,
     MismatchError,
 )
+from eigendamage.files import make_folder
 from eigendamage.measure import evaluate
 from eigendamage.plan import Budget, Unit, needs
 from eigendamage.report import Comparison, Environment, Measured, Row, Settings
@@ -98,7 +99,7 @@ def compare(
     eval_data = kept(eval_data)
     folder = None if out is None else Path(out)
     if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
     with preserved_random_state():
         training = train_data() if train_data is not None and epochs else None
         settings = Settings(
