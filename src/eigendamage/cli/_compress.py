@@ -15,6 +15,7 @@ from rich.console import Console
 from eigendamage.cli._completion import MODEL_HELP, method_names, model_names
 from eigendamage.cli._parsing import budget as budget_of
 from eigendamage.cli._parsing import (
+    checked_seed,
     floors,
     kinds,
     refuse_numbers,
@@ -134,7 +135,9 @@ def compress_command(
         help="Measure batch norm's statistics again; if neither is given, where nothing is "
         "repaired.",
     ),
-    seed: int = typer.Option(0, help="Of the choice of images and of label draws."),
+    seed: int = typer.Option(
+        0, callback=checked_seed, help="Of the choice of images and of label draws."
+    ),
     dry_run: bool = typer.Option(
         False, "--dry-run", help="Print the plan as a table, and write nothing."
     ),

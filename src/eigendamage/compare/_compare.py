@@ -32,6 +32,7 @@ from eigendamage.files import make_folder
 from eigendamage.measure import evaluate
 from eigendamage.plan import Budget, Unit, needs
 from eigendamage.report import Comparison, Environment, Measured, Row, Settings
+from eigendamage.seeds import check_seed
 from eigendamage.training import FinetuneConfig
 
 
@@ -93,6 +94,7 @@ def compare(
     """
     competitors = list(dict.fromkeys(Competitor.of(name) for name in methods))
     _refuse_bad_options(competitors, budgets, epochs, train_data)
+    check_seed(seed)
     # A generator is used up by the first row.
     data, eval_data = fitted(data, model), fitted(eval_data, model)
     data = kept(data)

@@ -25,6 +25,7 @@ from eigendamage.layers import copy_model
 from eigendamage.measure import evaluate
 from eigendamage.plan import Plan
 from eigendamage.report import Measured, Report, RoundReport, TrainingReport
+from eigendamage.seeds import later_seed
 from eigendamage.surgery import apply_plan
 from eigendamage.training import FinetuneConfig, batch_digest, digest, finetune
 
@@ -88,7 +89,7 @@ def in_rounds(
         step = replace(
             options,
             budget=options.budget.step((index + 1) / rounds, left),
-            seed=options.seed + index,
+            seed=later_seed(options.seed, index),
         )
         result = None if folder is None else _finished(current, folder)
         if result is None:
