@@ -44,6 +44,7 @@ def opened(path: Path, what: str) -> Generator[BinaryIO]:
         MissingFileError: if there is no such file.
         FileError: if it cannot be read.
     """
+    path = _path(path)
     try:
         stream = path.open("rb")
     except FileNotFoundError as error:
@@ -63,12 +64,14 @@ def written_beside(path: str | Path) -> Generator[Path]:
         FileError: if it cannot be written, because the disk is full, say, or because there is a
             folder, a device or a pipe in its place. What was there stays.
     """
-    final = Path(path)
-    if not final.parent.is_dir():
-        raise MissingFileError(f"cannot write {final}: the folder {final.parent} does not exist")
-    refuse_special(final)
-    beside = _beside(final)
+    final = _path(path)
     with _told(final):
+        if not final.parent.is_dir():
+            raise MissingFileError(
+                f"cannot write {final}: the folder {final.parent} does not exist"
+            )
+        refuse_special(final)
+        beside = _beside(final)
         try:
             yield beside
             beside.replace(final)
@@ -98,15 +101,20 @@ def written_together(directory: str | Path, names: Sequence[str]) -> Generator[P
 
     Raises:
         NotAFolderError: if there is a file of that name.
-        FileError: if it cannot be written, or one of ``names`` in it is no regular file.
+        FileError: if it cannot be written, if it is the root of all folders, or if one of ``names``
+            in it is no regular file.
     """
-    final = Path(directory)
-    if final.exists() and not final.is_dir():
-        raise NotAFolderError(f"cannot write into {final}: it is a file, not a folder")
-    for name in names:
-        refuse_special(final / name)
-    beside = _beside(final.absolute())
+    final = _path(directory)
     with _told(final):
+        if final.exists() and not final.is_dir():
+            raise NotAFolderError(f"cannot write into {final}: it is a file, not a folder")
+        if not final.absolute().name:
+            raise FileError(
+                f"cannot write into {final}: nothing can be put beside it; give a folder in it"
+            )
+        for name in names:
+            refuse_special(final / name)
+        beside = _beside(final.absolute())
         make_folder(final.parent)
         beside.mkdir()
         try:
@@ -137,7 +145,7 @@ def make_folder(directory: Path) -> None:
         NotAFolderError: if there is a file in its place, or in that of one above.
         FileError: if it cannot be made.
     """
-    with _told(directory):
+    with _told(_path(directory)):
         try:
             directory.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError) as error:
@@ -157,7 +165,8 @@ def alone_in(directory: Path) -> Generator[None]:
     Raises:
         FileError: if another run is in it, or it cannot be made (`make_folder`).
     """
-    new = not directory.exists()
+    with _told(_path(directory)):
+        new = not directory.exists()
     make_folder(directory)
     with ExitStack() as stack:
         try:
@@ -201,6 +210,17 @@ def _locked(directory: Path, patience: float) -> Generator[None]:
         yield
     finally:
         os.close(handle)
+
+
+def _path(path: str | Path) -> Path:
+    """A path that the system takes.
+
+    Raises:
+        FileError: if it has a null byte.
+    """
+    if "\0" in str(path):
+        raise FileError(f"{str(path)!r} is no path: it has a null byte; give one without")
+    return Path(path)
 
 
 def _beside(final: Path) -> Path:
@@ -271,8 +291,9 @@ class Document(Frozen):
             FileError: if it cannot be read.
         """
         what = cls.__name__.lower()
+        path = _path(path)
         try:
-            content = Path(path).read_bytes()
+            content = path.read_bytes()
         except FileNotFoundError as error:
             raise MissingFileError(f"there is no {what} at {path}; check the path") from error
         except OSError as error:

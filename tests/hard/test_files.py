@@ -132,6 +132,38 @@ def test_a_file_behind_a_link_may_be_replaced(small: ed.Compressed, tmp_path: Pa
     assert (tmp_path / "mine").read_text(encoding="utf-8") == "mine"
 
 
+@pytest.mark.parametrize(("name", "words"), [("null\0byte", "null byte"), ("x" * 300, "too long")])
+def test_a_name_that_no_file_can_have_is_told(
+    name: str, words: str, small: ed.Compressed, tmp_path: Path
+) -> None:
+    path = tmp_path / name
+    calls: tuple[Callable[[], object], ...] = (
+        lambda: ed.save(small, path),
+        lambda: ed.save_curvature(small.curvature, path),
+        lambda: small.plan.save(path),
+        lambda: _run(path, 0.6),
+        lambda: ed.Plan.load(path),
+        lambda: ed.load(network(), path),
+    )
+    for call in calls:
+        with pytest.raises(ed.FileError, match=words):
+            call()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_has_no_name_is_told(
+    small: ed.Compressed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for path in (".", "/"):
+        with pytest.raises(ed.FileError, match=f"cannot write {path}: it is a folder"):
+            small.plan.save(path)
+    with pytest.raises(ed.FileError, match=r"cannot write into /: .* give a folder in it"):
+        ed.save(small, "/")
+    ed.save(small, ".")
+    assert ed.Plan.load("plan.json") == small.plan
+
+
 @pytest.mark.parametrize("moment", [KeyboardInterrupt, MemoryError])
 def test_an_interruption_leaves_no_part_of_a_file(
     moment: type[BaseException], tmp_path: Path
