@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Generator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from shutil import rmtree
 from threading import get_ident
-from typing import BinaryIO, TypeVar
+from time import monotonic, sleep
+from typing import Any, BinaryIO, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
@@ -28,6 +29,12 @@ try:
 except ImportError:  # not on Windows
     fcntl = None
 
+_PATIENCE_S = 5.0
+"""How long a writer waits for another that moves its files; that takes milliseconds."""
+_MOMENT_S = 0.1
+"""How long a run waits for a writer; what keeps the folder for longer is another run."""
+_PAUSE_S = 0.01
+
 
 @contextmanager
 def opened(path: Path, what: str) -> Generator[BinaryIO]:
@@ -37,6 +44,7 @@ def opened(path: Path, what: str) -> Generator[BinaryIO]:
         MissingFileError: if there is no such file.
         FileError: if it cannot be read.
     """
+    path = _path(path)
     try:
         stream = path.open("rb")
     except FileNotFoundError as error:
@@ -53,18 +61,33 @@ def written_beside(path: str | Path) -> Generator[Path]:
 
     Raises:
         MissingFileError: if the folder does not exist.
-        FileError: if it cannot be written, because the disk is full, say. What was there stays.
+        FileError: if it cannot be written, because the disk is full, say, or because there is a
+            folder, a device or a pipe in its place. What was there stays.
     """
-    final = Path(path)
-    if not final.parent.is_dir():
-        raise MissingFileError(f"cannot write {final}: the folder {final.parent} does not exist")
-    beside = _beside(final)
+    final = _path(path)
     with _told(final):
+        if not final.parent.is_dir():
+            raise MissingFileError(
+                f"cannot write {final}: the folder {final.parent} does not exist"
+            )
+        refuse_special(final)
+        beside = _beside(final)
         try:
             yield beside
             beside.replace(final)
         finally:
             beside.unlink(missing_ok=True)
+
+
+def refuse_special(path: Path) -> None:
+    """Refuse to replace what is no regular file: a rename would put one in a device's place.
+
+    Raises:
+        FileError: if there is a folder, a device, a pipe or a socket. Links are followed.
+    """
+    if path.exists() and not path.is_file():
+        what = "a folder" if path.is_dir() else "no regular file but a device, a pipe or a socket"
+        raise FileError(f"cannot write {path}: it is {what}, which stays as it is; give a file")
 
 
 @contextmanager
@@ -78,18 +101,27 @@ def written_together(directory: str | Path, names: Sequence[str]) -> Generator[P
 
     Raises:
         NotAFolderError: if there is a file of that name.
-        FileError: if it cannot be written.
+        FileError: if it cannot be written, if it is the root of all folders, or if one of ``names``
+            in it is no regular file.
     """
-    final = Path(directory)
-    if final.exists() and not final.is_dir():
-        raise NotAFolderError(f"cannot write into {final}: it is a file, not a folder")
-    beside = _beside(final.absolute())
+    final = _path(directory)
     with _told(final):
-        final.parent.mkdir(parents=True, exist_ok=True)
+        if final.exists() and not final.is_dir():
+            raise NotAFolderError(f"cannot write into {final}: it is a file, not a folder")
+        if not final.absolute().name:
+            raise FileError(
+                f"cannot write into {final}: nothing can be put beside it; give a folder in it"
+            )
+        for name in names:
+            refuse_special(final / name)
+        beside = _beside(final.absolute())
+        make_folder(final.parent)
         beside.mkdir()
         try:
             yield beside
-            with _locked(final.absolute().parent, wait=True):
+            with ExitStack() as stack:
+                with suppress(BlockingIOError):  # then it is a run in the folder above, no writer
+                    stack.enter_context(_locked(final.absolute().parent, _PATIENCE_S))
                 _move(beside, final, names)
         finally:
             rmtree(beside, ignore_errors=True)
@@ -106,49 +138,89 @@ def _move(beside: Path, final: Path, names: Sequence[str]) -> None:
             (final / name).unlink(missing_ok=True)
 
 
+def make_folder(directory: Path) -> None:
+    """Make a folder and those above it, if it is not there.
+
+    Raises:
+        NotAFolderError: if there is a file in its place, or in that of one above.
+        FileError: if it cannot be made.
+    """
+    with _told(_path(directory)):
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise NotAFolderError(
+                f"cannot make the folder {directory}: a file is in its place, or in that of a "
+                f"folder above; give another folder, or move the file away"
+            ) from error
+
+
 @contextmanager
 def alone_in(directory: Path) -> Generator[None]:
     """Keep other runs out of a folder, which is made if it is not there.
 
     A process that ends, however it does, lets go. Where the system or the disk has no locks, none
-    is kept out.
+    is kept out. A folder that was made for this and has nothing in it at the end is removed.
 
     Raises:
-        FileError: if another run is in it, or it cannot be made.
+        FileError: if another run is in it, or it cannot be made (`make_folder`).
     """
-    with _told(directory):
-        directory.mkdir(parents=True, exist_ok=True)
+    with _told(_path(directory)):
+        new = not directory.exists()
+    make_folder(directory)
     with ExitStack() as stack:
         try:
-            stack.enter_context(_locked(directory, wait=False))
+            with _told(directory):
+                stack.enter_context(_locked(directory, _MOMENT_S))
         except BlockingIOError as error:
             raise FileError(
                 f"another run is at work in {directory}; wait until it ends, or give another folder"
             ) from error
-        yield
+        try:
+            yield
+        finally:
+            if new:
+                with suppress(OSError):  # as it is not empty
+                    directory.rmdir()
 
 
 @contextmanager
-def _locked(directory: Path, *, wait: bool) -> Generator[None]:
+def _locked(directory: Path, patience: float) -> Generator[None]:
     """Hold the lock of a folder itself, so that no file of a lock is left behind.
 
     Raises:
-        BlockingIOError: if it is held already and ``wait`` is False.
+        BlockingIOError: if another holds it for all of these seconds.
     """
     if fcntl is None:
         yield
         return
     handle = os.open(directory, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise
-        except OSError:
-            pass  # some network disks have no locks
+        end = monotonic() + patience
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if monotonic() >= end:
+                    raise
+                sleep(_PAUSE_S)
+            except OSError:
+                break  # some network disks have no locks
         yield
     finally:
         os.close(handle)
+
+
+def _path(path: str | Path) -> Path:
+    """A path that the system takes.
+
+    Raises:
+        FileError: if it has a null byte.
+    """
+    if "\0" in str(path):
+        raise FileError(f"{str(path)!r} is no path: it has a null byte; give one without")
+    return Path(path)
 
 
 def _beside(final: Path) -> Path:
@@ -161,7 +233,7 @@ def _told(path: Path) -> Generator[None]:
     """Say of an error of the system, or of a writer of files, which file could not be written."""
     try:
         yield
-    except EigenDamageError:
+    except (EigenDamageError, BlockingIOError):  # the latter is of a lock
         raise
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
@@ -169,6 +241,26 @@ def _told(path: Path) -> Generator[None]:
             f"cannot write {path}: {reason}. What was there is as it was; free some space, or "
             f"give a place that can be written to"
         ) from error
+
+
+def parsed(content: str | bytes) -> Any:
+    """What a JSON document says.
+
+    Raises:
+        ValueError: if it is none, or names a field twice, of which another reader might take the
+            other.
+        RecursionError: if it is nested too deep.
+    """
+    return json.loads(content, object_pairs_hook=_once_each)
+
+
+def _once_each(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(fields)
+    if len(found) < len(fields):
+        names = [name for name, _ in fields]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"it has the field '{twice}' twice")
+    return found
 
 
 D = TypeVar("D", bound="Document")
@@ -199,14 +291,15 @@ class Document(Frozen):
             FileError: if it cannot be read.
         """
         what = cls.__name__.lower()
+        path = _path(path)
         try:
-            content = Path(path).read_bytes()
+            content = path.read_bytes()
         except FileNotFoundError as error:
             raise MissingFileError(f"there is no {what} at {path}; check the path") from error
         except OSError as error:
             raise FileError(f"cannot read the {what} at {path}: {error.strerror}") from error
         try:
-            raw = json.loads(content)
+            raw = parsed(content)
             if not isinstance(raw, dict) or "version" not in raw:
                 raise FileFormatError(f"{path} is not a {what}: it says no version")
             return cls.model_validate_json(json.dumps(raw))
@@ -217,4 +310,4 @@ class Document(Frozen):
         except (BudgetError, TypeError) as error:
             raise FileFormatError(f"{path} is not a {what}: {error}") from error
         except (ValueError, RecursionError) as error:
-            raise FileFormatError(f"{path} is not a {what}, nor any JSON: {error}") from error
+            raise FileFormatError(f"{path} is not a {what}, nor sound JSON: {error}") from error

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -117,6 +118,57 @@ def test_compress_writes_everything_that_rebuilds_the_model(images: Path, tmp_pa
         "report.json",
         "structure.json",
     ]
+
+
+@pytest.mark.usefixtures("narrow")
+def test_a_folder_in_which_a_run_is_at_work_is_refused_until_all_is_written(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "small"
+    command = [*_COMPRESS, "--method", "eigendamage", "--data", str(images), "--out", str(out)]
+    meanwhile: list[BaseException | None] = []
+
+    def save(*given: Any) -> None:
+        meanwhile.append(runner.invoke(app, [*command, "--macs", "0.8"]).exception)
+        ed.save(*given)
+
+    monkeypatch.setattr("eigendamage.cli._compress.save", save)
+    done = runner.invoke(app, [*command, "--macs", "0.5", "--quiet"])
+    assert done.exit_code == 0, done.output
+    assert isinstance(meanwhile[0], ed.FileError)
+    assert f"another run is at work in {out}" in str(meanwhile[0])
+    plan = ed.Plan.load(out / "plan.json")
+    assert plan.budget.limits == {"macs": 0.5}
+    # It makes no folder that nothing is written to.
+    failed = runner.invoke(app, [*command[:-1], str(tmp_path / "none"), "--macs", "0.0001"])
+    assert isinstance(failed.exception, ed.BudgetError)
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.usefixtures("narrow")
+@pytest.mark.parametrize("command", ["compress", "sweep"])
+def test_a_folder_that_is_no_folder_any_more_is_told(
+    command: str, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "small"
+    module = sys.modules[f"eigendamage.cli._{command}"]
+    work = getattr(module, command)
+
+    def gone(*given: Any, **options: Any) -> Any:
+        done = work(*given, **options)
+        if out.exists():
+            out.rmdir()
+        out.write_text("mine", encoding="utf-8")
+        return done
+
+    monkeypatch.setattr(module, command, gone)
+    budget = {"compress": "--macs", "sweep": "--budgets"}[command]
+    given = ["--model", "zoo:demo_network", "--data", str(images), "--out", str(out), "--quiet"]
+    given += ["--method", "eigendamage"] if command == "compress" else []
+    failed = runner.invoke(app, [command, *given, budget, "0.5"])
+    assert isinstance(failed.exception, NotAFolderError)
+    assert f"cannot make the folder {out}: a file is in its place" in str(failed.exception)
+    assert out.read_text(encoding="utf-8") == "mine"
 
 
 @pytest.mark.usefixtures("narrow")

@@ -99,6 +99,17 @@ def test_every_exit_code_is_in_the_help_and_in_the_page() -> None:
             *(2, "BadParameter", "--learning-rate"),
         ),
         (["compress", *_GIVEN, "--examples", "0"], 2, "BadParameter", "--examples"),
+        *(
+            ([*command, "--seed", seed], 2, "BadParameter", f"--seed: seed is {seed}")
+            for command in (
+                ["compress", *_GIVEN, "--macs", "0.5"],
+                ["sweep", *_GIVEN],
+                ["compare", *_GIVEN],
+                ["export", "f", *_EXPORT, "--shape", "3"],
+                ["demo"],
+            )
+            for seed in ("99999999999999999999", str(-(2**63) - 1))
+        ),
         (["sweep", *_GIVEN, "--multiple", "0"], 2, "BadParameter", "--multiple"),
         (["compare", *_GIVEN, "--epochs", "-1"], 2, "BadParameter", "--epochs"),
         (["sweep", *_GIVEN, "--actions", "noaction"], 2, "BadParameter", "noaction"),

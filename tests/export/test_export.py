@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -348,6 +349,13 @@ def test_an_unknown_format_is_told_before_anything_is_done(tmp_path: Path) -> No
     unchecked: Any = inspect.unwrap(ed.export)  # types are checked in tests alone
     with pytest.raises(ed.ExportError, match=r"'onnnx'; expected one of 'onnx', 'torch\.export'"):
         unchecked(model, tmp_path / "no" / "model.onnx", torch.randn(4, 3), format="onnnx")
+
+
+def test_a_pipe_in_place_of_the_file_stays(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "model.pt2")
+    with pytest.raises(ed.FileError, match=r"model\.pt2: it is no regular file"):
+        ed.export(nn.Linear(3, 3), tmp_path / "model.pt2", torch.randn(4, 3), format="torch.export")
+    assert (tmp_path / "model.pt2").is_fifo()
 
 
 class _InPlace(nn.Module):

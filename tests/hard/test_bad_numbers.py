@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -141,3 +144,71 @@ def test_singular_factors_give_a_model(method: str, scale: float) -> None:
     budget = ed.Budget(ratio=0.5) if method == "obs" else ed.Budget(macs=0.6)
     result = ed.compress(network(), batches(scale), budget=budget, method=method, progress=False)
     assert torch.isfinite(result.model(batches()[0][0])).all()
+
+
+def _options(seed: Any) -> dict[str, Any]:
+    return {"seed": seed, "progress": False}
+
+
+SEEDED: dict[str, Callable[[Any], object]] = {
+    "compress": lambda seed: ed.compress(
+        network(), batches(), budget=ed.Budget(macs=0.6), **_options(seed)
+    ),
+    "preview": lambda seed: ed.preview(
+        network(), batches(), budget=ed.Budget(macs=0.6), **_options(seed)
+    ),
+    "sweep": lambda seed: ed.sweep(
+        network(), batches(), budgets=[ed.Budget(macs=0.6)], **_options(seed)
+    ),
+    "compare": lambda seed: ed.compare(
+        network(),
+        batches(),
+        eval_data=batches(),
+        methods=["magnitude"],
+        budgets=[0.6],
+        epochs=0,
+        **_options(seed),
+    ),
+    "estimate_curvature": lambda seed: inspect.unwrap(ed.estimate_curvature)(
+        network(), batches(), **_options(seed)
+    ),
+    "finetune": lambda seed: ed.finetune(
+        network(), batches(), ed.FinetuneConfig(seed=seed), progress=False
+    ),
+    "load_images": lambda seed: ed.zoo.load_images("absent", seed=seed),
+}
+
+
+@pytest.mark.parametrize("where", list(SEEDED))
+@pytest.mark.parametrize("seed", [True, 2**64, -(2**63) - 1])
+def test_a_seed_that_is_none_is_refused(where: str, seed: Any) -> None:
+    with pytest.raises(ed.EigenDamageError, match=f"seed is {seed}"):
+        SEEDED[where](seed)
+
+
+@pytest.mark.parametrize("seed", [None, 1.5, "1"])
+def test_a_seed_that_is_no_number_is_refused(seed: Any) -> None:
+    with pytest.raises(ed.EigenDamageError, match=f"seed is {seed!r}; expected a whole number"):
+        SEEDED["estimate_curvature"](seed)  # of which the types are not checked here
+
+
+@pytest.mark.parametrize("seed", [2**64 - 1, -1, -(2**63)])
+def test_every_seed_that_torch_takes_is_taken_everywhere(seed: int, tmp_path: Path) -> None:
+    result = ed.compress(
+        network(),
+        batches(),
+        budget=ed.Budget(macs=0.6),
+        method="kron-obs",
+        rounds=2,
+        epochs=1,
+        finetuning=ed.FinetuneConfig(seed=seed),
+        **_options(seed),
+    )
+    result.report.save(tmp_path / "report.json")
+    assert ed.Report.load(tmp_path / "report.json").environment.seed == seed
+    ed.estimate_curvature(
+        network(), batches(), also=("patches",), patch_positions=2, **_options(seed)
+    )
+    np.savez(tmp_path / "d.npz", images=np.zeros((3, 4, 4, 3), np.uint8))
+    images = ed.zoo.load_images(tmp_path / "d.npz", seed=seed)
+    assert sum(len(batch) for batch in images.batches(2, shuffle_seed=seed)) == 3

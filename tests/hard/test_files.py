@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import resource
 import threading
 from collections.abc import Callable, Generator
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import eigendamage as ed
+from eigendamage import files
 from eigendamage.files import alone_in, written_beside, written_together
 from eigendamage.report import write_page
 from eigendamage.training._checkpoint import Checkpoint
@@ -96,6 +98,72 @@ def test_a_file_in_place_of_the_folder_is_told(
     assert _contents(tmp_path).keys() == {"blocked"}
 
 
+@pytest.mark.parametrize("what", [name for name in WRITERS if name != "a model"])
+def test_a_pipe_or_a_folder_in_place_of_the_file_stays(
+    what: str, small: ed.Compressed, tmp_path: Path
+) -> None:
+    """A pipe stands for all that a rename would replace by a file, as a device."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "x").symlink_to("pipe")
+    with pytest.raises(ed.FileError, match=r"cannot write .*x: it is no regular file"):
+        WRITERS[what](small, tmp_path)
+    assert (tmp_path / "x").is_symlink()
+    assert (tmp_path / "pipe").is_fifo()
+    (tmp_path / "x").unlink()
+    (tmp_path / "x").mkdir()
+    with pytest.raises(ed.FileError, match=r"cannot write .*x: it is a folder"):
+        WRITERS[what](small, tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["pipe", "x"]
+
+
+def test_a_pipe_among_the_files_of_a_model_stays(small: ed.Compressed, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "report.html")
+    with pytest.raises(ed.FileError, match=r"cannot write .*report\.html: it is no regular file"):
+        ed.save(small, tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
+    assert (tmp_path / "report.html").is_fifo()
+
+
+def test_a_file_behind_a_link_may_be_replaced(small: ed.Compressed, tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("mine", encoding="utf-8")
+    (tmp_path / "x").symlink_to("mine")
+    small.plan.save(tmp_path / "x")
+    assert ed.Plan.load(tmp_path / "x") == small.plan
+    assert (tmp_path / "mine").read_text(encoding="utf-8") == "mine"
+
+
+@pytest.mark.parametrize(("name", "words"), [("null\0byte", "null byte"), ("x" * 300, "too long")])
+def test_a_name_that_no_file_can_have_is_told(
+    name: str, words: str, small: ed.Compressed, tmp_path: Path
+) -> None:
+    path = tmp_path / name
+    calls: tuple[Callable[[], object], ...] = (
+        lambda: ed.save(small, path),
+        lambda: ed.save_curvature(small.curvature, path),
+        lambda: small.plan.save(path),
+        lambda: _run(path, 0.6),
+        lambda: ed.Plan.load(path),
+        lambda: ed.load(network(), path),
+    )
+    for call in calls:
+        with pytest.raises(ed.FileError, match=words):
+            call()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_has_no_name_is_told(
+    small: ed.Compressed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for path in (".", "/"):
+        with pytest.raises(ed.FileError, match=f"cannot write {path}: it is a folder"):
+            small.plan.save(path)
+    with pytest.raises(ed.FileError, match=r"cannot write into /: .* give a folder in it"):
+        ed.save(small, "/")
+    ed.save(small, ".")
+    assert ed.Plan.load("plan.json") == small.plan
+
+
 @pytest.mark.parametrize("moment", [KeyboardInterrupt, MemoryError])
 def test_an_interruption_leaves_no_part_of_a_file(
     moment: type[BaseException], tmp_path: Path
@@ -152,6 +220,16 @@ def test_a_second_run_in_a_folder_is_refused_and_changes_nothing(tmp_path: Path)
     assert not [name for name in _contents(folder) if ".part" in name]
 
 
+def test_a_model_is_saved_below_a_folder_in_which_a_run_is_at_work(
+    small: ed.Compressed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It waits for other writers, which are quick, and not until the run ends."""
+    monkeypatch.setattr(files, "_PATIENCE_S", 0.05)
+    with alone_in(tmp_path):
+        ed.save(small, tmp_path / "x")
+    assert ed.load(network(), tmp_path / "x").state_dict().keys() == small.model.state_dict().keys()
+
+
 def test_models_that_are_saved_at_once_do_not_mix(tmp_path: Path, small: ed.Compressed) -> None:
     other = ed.compress(
         network(), batches(), budget=ed.Budget(macs=0.4), method="eigendamage", progress=False
@@ -204,6 +282,16 @@ def test_a_hostile_document_is_refused(what: str, kind: str, tmp_path: Path) -> 
     }
     with pytest.raises(ed.FileFormatError, match=rf"{kind}\.json"):
         readers[kind]()
+
+
+def test_a_field_that_is_there_twice_is_named(small: ed.Compressed, tmp_path: Path) -> None:
+    small.plan.save(tmp_path / "plan.json")
+    text = (tmp_path / "plan.json").read_text(encoding="utf-8")
+    twice = text.replace('"kind":', '"kind": "keep", "kind":', 1)
+    (tmp_path / "plan.json").write_text(twice, encoding="utf-8")
+    assert json.loads(twice) == json.loads(text)
+    with pytest.raises(ed.FileFormatError, match=r"plan.* the field 'kind' twice"):
+        ed.Plan.load(tmp_path / "plan.json")
 
 
 def _header(**entries: object) -> bytes:

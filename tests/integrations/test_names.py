@@ -85,7 +85,9 @@ def test_a_folder_of_transformers_is_read_as_its_configuration_says(tmp_path: Pa
         ed.get_model(f"hf:{tmp_path}")
 
 
-@pytest.mark.parametrize("path", ["{folder}/absent", "./absent", "../absent/model", "~/absent-9"])
+@pytest.mark.parametrize(
+    "path", ["{folder}/absent", "./absent", "../absent/model", "~no-user-9/absent"]
+)
 def test_a_folder_that_is_not_there_is_not_looked_for_elsewhere(
     path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -94,6 +96,19 @@ def test_a_folder_that_is_not_there_is_not_looked_for_elsewhere(
     path = path.format(folder=tmp_path)
     with pytest.raises(MissingFileError, match=re.escape(f"there is no folder '{path}'")):
         ed.get_model(f"hf:{path}")
+
+
+def test_a_folder_in_the_home_folder_goes_by_its_short_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    words = f"hf:~/small: there is no folder '{tmp_path / 'small'}'"
+    with pytest.raises(MissingFileError, match=re.escape(words)):
+        ed.get_model("hf:~/small")
+    pytest.importorskip("transformers")
+    (tmp_path / "small").mkdir()
+    with pytest.raises(ed.FileFormatError, match=re.escape(f"hf:{tmp_path / 'small'}")):
+        ed.get_model("hf:~/small")  # it is found, and has no configuration
 
 
 def test_weights_that_a_file_of_transformers_lacks_are_not_drawn_at_random(tmp_path: Path) -> None:

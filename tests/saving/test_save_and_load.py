@@ -292,12 +292,24 @@ EDITS: dict[str, tuple[Edit, str]] = {
         "'3' is a FactoredConv2d without a weight of its own",
     ),
     "an attribute that is no count": (
-        lambda s: s["modules"].update({"2": {"counts": {"forward": [0, 1]}}}),
-        "'forward' of '2' is None",
+        lambda s: s["modules"].update({"7": {"counts": {"out_features": [4, 3]}}}),
+        "'out_features' of '7' is said to count heads, which is known of num_heads, ",
     ),
-    "an attribute that is a switch": (
-        lambda s: s["modules"].update({"2": {"counts": {"training": [0, 1]}}}),
-        "'training' of '2' is False",
+    "a count that is not there": (
+        lambda s: s["modules"].update({"2": {"counts": {"num_heads": [0, 1]}}}),
+        "'num_heads' of '2' is None",
+    ),
+    "a tie of no tensor": (
+        lambda s: s["ties"].update({"8.bias": "7.bias"}),
+        "ties of the structure name '8.bias'",
+    ),
+    "a tie with no tensor": (
+        lambda s: s["ties"].update({"7.bias": "8.bias"}),
+        "ties of the structure name '8.bias'",
+    ),
+    "a layout of no tensor": (
+        lambda s: s["layouts"].update({"8.weight": [1, 4]}),
+        "layouts of the structure name '8.weight'",
     ),
     "strides that overlap": (
         lambda s: s["layouts"].update({"7.weight": [1, 1]}),

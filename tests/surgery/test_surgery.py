@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import eigendamage as ed
 from eigendamage.layers import FORMS, balance
-from eigendamage.plan import Plan
+from eigendamage.plan import CounterPlan, Plan
 from tests.cases import CASES, Case
 
 
@@ -221,6 +221,16 @@ def test_plans_of_other_models_are_refused() -> None:
         ed.apply_plan(
             model, plan.model_copy(update={"layers": {**plan.layers, "0": broken}}), curvature
         )
+
+
+def test_a_plan_sets_no_attribute_but_those_that_count_heads() -> None:
+    case = CASES["fc"]
+    model, (x, _) = case.model(), case.data(4)
+    curvature = ed.estimate_curvature(model, [x], progress=False)
+    plan = full_rank(model, curvature, "three")
+    setting = CounterPlan(module="0", attribute="in_features", before=7, after=6)
+    with pytest.raises(ed.MismatchError, match="'in_features' of '0', which is no count of heads"):
+        ed.apply_plan(model, plan.model_copy(update={"counters": (setting,)}), curvature)
 
 
 class _Normed(nn.Module):

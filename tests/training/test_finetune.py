@@ -348,6 +348,16 @@ def test_a_state_of_another_run_is_refused(tmp_path: Path) -> None:
         ed.finetune(network(), loader(), checkpoint=file, progress=False)
 
 
+def test_a_state_of_an_earlier_version_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    file = tmp_path / "state.pt"
+    torch.save({"version": 1, "identity": {}}, file)
+    with pytest.raises(ed.FileFormatError, match=r"of version 1, .* reads 2; remove it .*rounds"):
+        ed.finetune(network(), loader(), checkpoint=file, progress=False)
+    torch.save({"weights": torch.ones(2)}, file)
+    with pytest.raises(ed.FileFormatError, match="says no version"):
+        ed.finetune(network(), loader(), checkpoint=file, progress=False)
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [

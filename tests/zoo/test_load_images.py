@@ -271,6 +271,53 @@ def test_broken_file_is_refused(tmp_path, name):
         zoo.load_images(tmp_path / name)
 
 
+def _of_another_version(archive: bytes) -> bytes:
+    """Every entry asks for version 9.9 of the format to be read."""
+    local, central = b"PK\x03\x04", b"PK\x01\x02"
+    found = bytearray(archive)
+    for mark, at in ((local, 4), (central, 6)):
+        start = found.find(mark)
+        while start >= 0:
+            found[start + at : start + at + 2] = (99).to_bytes(2, "little")
+            start = found.find(mark, start + 4)
+    return bytes(found)
+
+
+def _with_a_name_that_is_no_text(archive: bytes) -> bytes:
+    """Names are said to be UTF-8, and are not."""
+    return archive.replace("é".encode(), b"\xff\xfe")
+
+
+def _encrypted(archive: bytes) -> bytes:
+    found = bytearray(archive)
+    for mark, at in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        start = found.find(mark)
+        while start >= 0:
+            found[start + at] |= 1
+            start = found.find(mark, start + 4)
+    return bytes(found)
+
+
+@pytest.mark.parametrize("spoil", [_of_another_version, _with_a_name_that_is_no_text, _encrypted])
+@pytest.mark.parametrize("name", ["odd.zip", "odd.npz"])
+def test_an_archive_of_a_kind_that_is_not_read_is_refused(tmp_path, name, spoil):
+    path = tmp_path / name
+    if path.suffix == ".zip":
+        write_zip(path, {"é/1.png": png(10)})
+    else:
+        arrays = {"images": np.zeros((2, 4, 4, 3), np.uint8), "é": np.zeros(1)}
+        np.savez(path, **arrays)
+    whole = path.read_bytes()
+    zoo.load_images(path)
+    path.write_bytes(spoil(whole))
+    assert path.read_bytes() != whole
+    with pytest.raises(FileFormatError, match=name):
+        zoo.load_images(path)
+    if spoil is not _encrypted:  # names can be read all the same
+        with pytest.raises(FileFormatError, match=name):
+            zoo.find_splits(path)
+
+
 def test_nothing_there_is_said(tmp_path):
     with pytest.raises(MissingFileError, match="there is no data"):
         zoo.load_images(tmp_path / "absent")

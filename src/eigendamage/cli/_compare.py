@@ -15,6 +15,7 @@ from eigendamage import zoo
 from eigendamage.batches import iterable_of
 from eigendamage.cli._completion import MODEL_HELP, model_names
 from eigendamage.cli._parsing import budgets as budgets_of
+from eigendamage.cli._parsing import checked_seed
 from eigendamage.cli._parsing import methods as methods_of
 from eigendamage.cli._sources import Images, load_data, load_model
 from eigendamage.compare import ALL, compare
@@ -49,7 +50,9 @@ def compare_command(
     batch_size: int = typer.Option(_BATCH, min=1, help="Images a batch."),
     learning_rate: float = typer.Option(0.02, help="Peak of the one-cycle schedule."),
     fisher: Fisher = typer.Option("mc", help="Labels of the curvature."),
-    seed: int = typer.Option(0, help="Of the choice of images, label draws and shuffling."),
+    seed: int = typer.Option(
+        0, callback=checked_seed, help="Of the choice of images, label draws and shuffling."
+    ),
     as_json: bool = typer.Option(False, "--json", help="Print the comparison as JSON."),
     quiet: bool = typer.Option(False, help="No progress, no tables."),
 ) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import shlex
 import sys
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import typer
@@ -13,6 +15,7 @@ from rich.console import Console
 from eigendamage.cli._completion import MODEL_HELP, method_names, model_names
 from eigendamage.cli._parsing import budget as budget_of
 from eigendamage.cli._parsing import (
+    checked_seed,
     floors,
     kinds,
     refuse_numbers,
@@ -24,7 +27,8 @@ from eigendamage.cli._processes import home
 from eigendamage.cli._sources import Training, load_data, load_model
 from eigendamage.compress import Compressed, compress, preview
 from eigendamage.curvature import EigenvalueKind, Fisher, save_curvature
-from eigendamage.distributed import rank
+from eigendamage.distributed import decided, rank
+from eigendamage.files import alone_in, make_folder
 from eigendamage.plan import ACTIONS, METHODS
 from eigendamage.report import PlanReport, print_plan, print_report
 from eigendamage.saving import save
@@ -131,7 +135,9 @@ def compress_command(
         help="Measure batch norm's statistics again; if neither is given, where nothing is "
         "repaired.",
     ),
-    seed: int = typer.Option(0, help="Of the choice of images and of label draws."),
+    seed: int = typer.Option(
+        0, callback=checked_seed, help="Of the choice of images and of label draws."
+    ),
     dry_run: bool = typer.Option(
         False, "--dry-run", help="Print the plan as a table, and write nothing."
     ),
@@ -197,43 +203,46 @@ def compress_command(
         )
         _show(PlanReport.of(plan), as_json=as_json, quiet=quiet)
         return
-    result = compress(
-        network,
-        images.data,
-        budget=budget,
-        method=method,
-        variant=variant,
-        eval_data=images.eval_data,
-        fisher=fisher,
-        eigenvalues=eigenvalues,
-        max_ratio=max_ratio,
-        ignore=ignore,
-        actions=allowed,
-        multiple=multiple,
-        floors=floor_of,
-        calibrate=calibrate,
-        repair=repair,
-        shots=shots,
-        rounds=rounds,
-        polish=polishing,
-        epochs=epochs,
-        train_data=images.train_data,
-        finetuning=FinetuneConfig(learning_rate=learning_rate) if epochs else None,
-        directory=out / "rounds" if epochs else None,
-        latency_batch=latency_batch,
-        max_examples=examples,
-        max_memory=max_memory,
-        recalibrate=recalibrate,
-        seed=seed,
-        progress=not quiet,
-    )
+    # Of two runs at once, one would leave the curvature and the other the model.
+    with ExitStack() as stack:
+        decided(partial(stack.enter_context, alone_in(out)))
+        result = compress(
+            network,
+            images.data,
+            budget=budget,
+            method=method,
+            variant=variant,
+            eval_data=images.eval_data,
+            fisher=fisher,
+            eigenvalues=eigenvalues,
+            max_ratio=max_ratio,
+            ignore=ignore,
+            actions=allowed,
+            multiple=multiple,
+            floors=floor_of,
+            calibrate=calibrate,
+            repair=repair,
+            shots=shots,
+            rounds=rounds,
+            polish=polishing,
+            epochs=epochs,
+            train_data=images.train_data,
+            finetuning=FinetuneConfig(learning_rate=learning_rate) if epochs else None,
+            directory=out / "rounds" if epochs else None,
+            latency_batch=latency_batch,
+            max_examples=examples,
+            max_memory=max_memory,
+            recalibrate=recalibrate,
+            seed=seed,
+            progress=not quiet,
+        )
+        if rank() == 0:
+            command = shlex.join(["eigendamage", *sys.argv[1:]])
+            report = result.report.model_copy(update={"command": command})
+            result = replace(result, report=report)
+            _write(result, out)
     if rank() > 0:
         return
-    report = result.report.model_copy(
-        update={"command": shlex.join(["eigendamage", *sys.argv[1:]])}
-    )
-    result = replace(result, report=report)
-    _write(result, out)
     if as_json:
         typer.echo(result.report.model_dump_json(indent=1))
     elif not quiet:
@@ -254,6 +263,6 @@ def _show(plan: PlanReport, *, as_json: bool, quiet: bool) -> None:
 
 
 def _write(result: Compressed, out: Path) -> None:
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     save_curvature(result.curvature, out / "curvature.safetensors")
     save(result, out)

@@ -15,6 +15,7 @@ from rich.table import Table
 from torch import nn
 
 from eigendamage import zoo
+from eigendamage.cli._parsing import checked_seed
 from eigendamage.compress import compress
 from eigendamage.curvature import Curvature
 from eigendamage.errors import MissingFileError
@@ -36,7 +37,9 @@ def demo_command(
         Path("eigendamage-demo.json"),
         help="Where the reports go, as JSON; beside it one as a page.",
     ),
-    seed: int = typer.Option(0, help="Of label draws, shuffling and augmentation."),
+    seed: int = typer.Option(
+        0, callback=checked_seed, help="Of label draws, shuffling and augmentation."
+    ),
     finetuning: bool = typer.Option(False, help="Fine-tune each for one epoch, with labels."),
     as_json: bool = typer.Option(False, "--json", help="Print the report instead of the table."),
     quiet: bool = typer.Option(False, help="No progress."),

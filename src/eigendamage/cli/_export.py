@@ -10,6 +10,7 @@ import torch
 import typer
 
 from eigendamage.cli._completion import MODEL_HELP, model_names
+from eigendamage.cli._parsing import checked_seed
 from eigendamage.cli._sources import load_data, load_model
 from eigendamage.export import Format, export
 from eigendamage.saving import load
@@ -30,7 +31,7 @@ def export_command(
     fold: bool = typer.Option(True, help="Fold batch norms into the layers before them."),
     dynamic_batch: bool = typer.Option(True, help="Take any batch size, not the example's alone."),
     tolerance: float = typer.Option(1e-4, help="The largest difference of outputs allowed."),
-    seed: int = typer.Option(0, help="Of the choice of inputs."),
+    seed: int = typer.Option(0, callback=checked_seed, help="Of the choice of inputs."),
     as_json: bool = typer.Option(False, "--json", help="Print what was written as JSON."),
 ) -> None:
     """Write a compressed model as ONNX, for torch.export, or as plain torch.nn code.

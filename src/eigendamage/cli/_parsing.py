@@ -23,6 +23,7 @@ from eigendamage.plan import (
     variant_of,
     wanted_actions,
 )
+from eigendamage.seeds import check_seed
 from eigendamage.training import FinetuneConfig
 
 
@@ -148,6 +149,17 @@ def refuse_numbers(max_ratio: float, max_memory: str | None, learning_rate: floa
         _ = None if max_memory is None else bytes_of(max_memory)
     with chosen_by("--learning-rate"):
         FinetuneConfig(learning_rate=learning_rate).check()
+
+
+def checked_seed(seed: int) -> int:
+    """A seed, as it was given.
+
+    Raises:
+        BadParameter: if torch takes none such.
+    """
+    with chosen_by("--seed"):
+        check_seed(seed)
+    return seed
 
 
 def methods(text: str) -> Sequence[str]:

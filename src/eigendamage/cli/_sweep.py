@@ -10,10 +10,11 @@ from rich.console import Console
 
 from eigendamage.cli._completion import MODEL_HELP, model_names
 from eigendamage.cli._parsing import budgets as budgets_of
-from eigendamage.cli._parsing import floors, kinds, refuse_unwritable
+from eigendamage.cli._parsing import checked_seed, floors, kinds, refuse_unwritable
 from eigendamage.cli._sources import load_data, load_model
 from eigendamage.compress import sweep
 from eigendamage.curvature import Fisher
+from eigendamage.files import make_folder
 from eigendamage.plan import ACTIONS, Budget, Unit
 from eigendamage.report import SweepRow, number, percent, plot_sweep, print_sweep
 
@@ -47,7 +48,9 @@ def sweep_command(
     examples: int = typer.Option(2000, min=1, help="The most images to take the curvature on."),
     test_examples: int | None = typer.Option(None, min=1, help="The most images to measure on."),
     batch_size: int = typer.Option(128, min=1, help="Images a batch."),
-    seed: int = typer.Option(0, help="Of the choice of images and of label draws."),
+    seed: int = typer.Option(
+        0, callback=checked_seed, help="Of the choice of images and of label draws."
+    ),
     as_json: bool = typer.Option(False, "--json", help="Print the sweep as JSON."),
     quiet: bool = typer.Option(False, help="No progress, no tables."),
 ) -> None:
@@ -92,7 +95,7 @@ def sweep_command(
         progress=not quiet,
         on_row=tell,
     )
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     result.save(out / "sweep.json")
     print_sweep(result, console)
     for kind in ("svg", "png"):

@@ -28,9 +28,11 @@ from eigendamage.errors import (
     EigenDamageError,
     MismatchError,
 )
+from eigendamage.files import make_folder
 from eigendamage.measure import evaluate
 from eigendamage.plan import Budget, Unit, needs
 from eigendamage.report import Comparison, Environment, Measured, Row, Settings
+from eigendamage.seeds import check_seed
 from eigendamage.training import FinetuneConfig
 
 
@@ -92,13 +94,14 @@ def compare(
     """
     competitors = list(dict.fromkeys(Competitor.of(name) for name in methods))
     _refuse_bad_options(competitors, budgets, epochs, train_data)
+    check_seed(seed)
     # A generator is used up by the first row.
     data, eval_data = fitted(data, model), fitted(eval_data, model)
     data = kept(data)
     eval_data = kept(eval_data)
     folder = None if out is None else Path(out)
     if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
     with preserved_random_state():
         training = train_data() if train_data is not None and epochs else None
         settings = Settings(

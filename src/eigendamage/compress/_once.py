@@ -18,6 +18,7 @@ from eigendamage.distributed import with_first_state
 from eigendamage.layers import copy_model
 from eigendamage.plan import Plan, check_options, make_plan
 from eigendamage.report import TrainingReport
+from eigendamage.seeds import check_seed
 from eigendamage.surgery import recalibrate_batchnorm
 from eigendamage.training import PolishConfig, polish
 
@@ -109,7 +110,8 @@ def once(
 
 
 def check(options: Options) -> None:
-    """Refuse options of `make_plan` that do not go together."""
+    """Refuse options of `make_plan` that do not go together, and a seed that is none."""
+    check_seed(options.seed)
     check_options(
         options.budget,
         method=options.method,

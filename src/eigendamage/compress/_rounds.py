@@ -20,11 +20,12 @@ from eigendamage.compress._result import Compressed, Options
 from eigendamage.curvature import Curvature, load_curvature, save_curvature
 from eigendamage.distributed import decided
 from eigendamage.errors import MismatchError
-from eigendamage.files import Document, written_beside
+from eigendamage.files import Document, make_folder, written_beside
 from eigendamage.layers import copy_model
 from eigendamage.measure import evaluate
 from eigendamage.plan import Plan
 from eigendamage.report import Measured, Report, RoundReport, TrainingReport
+from eigendamage.seeds import later_seed
 from eigendamage.surgery import apply_plan
 from eigendamage.training import FinetuneConfig, batch_digest, digest, finetune
 
@@ -88,7 +89,7 @@ def in_rounds(
         step = replace(
             options,
             budget=options.budget.step((index + 1) / rounds, left),
-            seed=options.seed + index,
+            seed=later_seed(options.seed, index),
         )
         result = None if folder is None else _finished(current, folder)
         if result is None:
@@ -206,7 +207,7 @@ def _claim(
     asked["finetuning"] = "none" if training is None else _in_words(training.config)
     asked["the model's weights"] = digest(model)
     asked["the first batch"] = batch_digest(Batches(data, device_of(model)).peek())
-    directory.mkdir(parents=True, exist_ok=True)
+    make_folder(directory)
     path = directory / "run.json"
     if not any(directory.glob("round-*/report.json")):
         Run(arguments=asked).save(path)
@@ -234,7 +235,7 @@ def _in_words(value: object) -> str:
 
 def _keep(result: Compressed, folder: Path) -> None:
     """Write what a round made; the report comes last and says that it is whole."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     tensors = {k: v.detach().cpu().contiguous() for k, v in result.model.state_dict().items()}
     with written_beside(folder / "untrained.safetensors") as beside:
         save_file({k: v.clone() for k, v in tensors.items()}, beside)

@@ -23,6 +23,7 @@ from eigendamage.errors import BudgetError, EigenDamageError
 from eigendamage.measure import Evaluation, evaluate
 from eigendamage.plan import ACTIONS, ActionKind, Budget, check_options
 from eigendamage.report import Environment, Measured, Sweep, SweepRow
+from eigendamage.seeds import check_seed
 
 BUDGETS: tuple[Budget, ...] = tuple(Budget(macs=tenths / 10) for tenths in range(9, 1, -1))
 """What `sweep` goes through by default: 0.9 to 0.2 of the MACs."""
@@ -100,6 +101,7 @@ def sweep(
     """
     budgets = (budgets,) if isinstance(budgets, Budget) else tuple(budgets)
     to_measure = _to_measure(budgets, measure)
+    check_seed(seed)
     check_options(
         budgets[0],
         method="auto",

@@ -17,6 +17,7 @@ from eigendamage.curvature._losses import Loss, head_of
 from eigendamage.curvature._sinks import TraceSink
 from eigendamage.errors import MismatchError
 from eigendamage.layers import find_layers, trace
+from eigendamage.seeds import check_seed
 
 _EXACT_UP_TO = 128
 
@@ -59,6 +60,7 @@ def calibration_table(
         MismatchError: if the curvature is of another model.
         DataError, LossError, NonFiniteError: as `estimate_curvature`.
     """
+    check_seed(seed)
     head = head_of(loss, reduction)
     found = find_layers(model).compressible
     for name in curvature:

@@ -28,6 +28,7 @@ from eigendamage.curvature._survey import Survey, survey
 from eigendamage.distributed import decided, mark_of, one_fate, require_same
 from eigendamage.errors import EigenDamageError, MismatchError, NonFiniteError
 from eigendamage.layers import Layer, find_channels
+from eigendamage.seeds import check_seed
 
 
 @one_fate
@@ -117,6 +118,7 @@ def estimate_curvature(
         ProcessError: if another process of the group failed or ended.
     """
     _refuse_unknown(fisher, eigenvalues)
+    check_seed(seed)
     _refuse_below_one(layers_per_pass=layers_per_pass, patch_positions=patch_positions)
     if layers_per_pass is not None and max_memory is not None:
         raise EigenDamageError("give layers_per_pass or max_memory, not both")

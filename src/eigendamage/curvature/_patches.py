@@ -11,6 +11,7 @@ from torch import Tensor
 
 from eigendamage.curvature._factors import gram
 from eigendamage.layers import ConvGeometry
+from eigendamage.seeds import later_seed
 
 _BUFFER_BYTES = 64 * 2**20
 _SKIPPED = 2**20  # numbers at a time
@@ -142,7 +143,7 @@ class PositionDraws:
 
     def _stream(self, layer: str) -> _Stream:
         if layer not in self._streams:
-            seed = self._seed + len(self._streams)
+            seed = later_seed(self._seed, len(self._streams))
             self._streams[layer] = _Stream(torch.Generator().manual_seed(seed))
         return self._streams[layer]
 

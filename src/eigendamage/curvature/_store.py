@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +17,7 @@ from eigendamage.curvature._curvature import Curvature, Extra
 from eigendamage.curvature._head import Fisher
 from eigendamage.curvature._layer import EigenvalueKind, LayerCurvature
 from eigendamage.errors import FileFormatError, MissingFileError
-from eigendamage.files import written_beside
+from eigendamage.files import parsed, written_beside
 from eigendamage.layers import ChannelGraph, LayerShape
 
 _FORMAT = "eigendamage.curvature"
@@ -148,7 +147,7 @@ def _read_header(path: str | Path, metadata: dict[str, str] | None) -> _Header:
     if text is None:
         raise FileFormatError(f"{path} is a safetensors file, but not a saved curvature")
     try:
-        raw = json.loads(text)
+        raw = parsed(text)
         version = raw.get("version") if isinstance(raw, dict) else None
         if version != _VERSION:
             raise FileFormatError(

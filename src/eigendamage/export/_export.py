@@ -24,6 +24,7 @@ from eigendamage.export._plain import unmasked
 from eigendamage.export._program import traced
 from eigendamage.export._pt2 import require_pt2, run_pt2, write_pt2
 from eigendamage.export._source import run_source, write_source
+from eigendamage.files import refuse_special
 from eigendamage.layers import copy_model, preserved_random_state
 
 Format = Literal["onnx", "torch.export", "plain"]
@@ -157,6 +158,8 @@ def _require_place(path: Path, *, is_folder: bool) -> None:
         )
     if path.exists() and path.is_dir() != is_folder:
         raise ExportError(f"cannot write {path}: it is a {'file' if is_folder else 'folder'}")
+    if not is_folder:
+        refuse_special(path)
 
 
 def _write(

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from eigendamage.errors import EigenDamageError, FileError, FileFormatError, MissingFileError
+from eigendamage.files import parsed
 from eigendamage.integrations._conv1d import conv1d, plain_linears
 from eigendamage.integrations._extras import required
 from eigendamage.saving import Structure, describe, restore
@@ -101,7 +102,7 @@ def _structure(path: Path) -> Structure:
     except OSError as error:
         raise FileError(f"cannot read {path}: {error.strerror}") from error
     try:
-        raw = json.loads(content)
+        raw = parsed(content)
         if not isinstance(raw, dict) or _KEY not in raw:
             raise FileFormatError(
                 f"{path} says nothing of '{_KEY}': this is no model that save_pretrained of "
@@ -113,7 +114,7 @@ def _structure(path: Path) -> Structure:
         where = ".".join(str(part) for part in (_KEY, *first["loc"]))
         raise FileFormatError(f"{path}: {where}: {first['msg']}") from error
     except (ValueError, RecursionError) as error:
-        raise FileFormatError(f"{path} is no JSON: {error}") from error
+        raise FileFormatError(f"{path} is no sound JSON: {error}") from error
 
 
 def model_class(transformers: Any, config: Any) -> type[Any]:

@@ -47,12 +47,13 @@ def pretrained_model(path: str) -> nn.Module:
     safetensors alone, and no code from the folder is run.
 
     Args:
-        path: a folder that ``save_pretrained`` wrote, or an id of the hub (network).
+        path: a folder that ``save_pretrained`` wrote, ``~`` at its start being the home folder, or
+            an id of the hub (network).
 
     Raises:
         ExtraError: if transformers is not installed.
-        MissingFileError: if a path that is absolute or starts with a dot is not there; the hub is
-            not asked then.
+        MissingFileError: if a path that is absolute or starts with a dot or ``~`` is not there;
+            the hub is not asked then.
         FileFormatError: if there is no such model, it has no safetensors, or its configuration
             names no model of transformers.
         MismatchError: if the file lacks weights of the model that are tied to none that it has.
@@ -60,11 +61,12 @@ def pretrained_model(path: str) -> nn.Module:
     Warns:
         UnusedWeights: if it has weights that the model does not take. They are left out.
     """
+    given, path = path, _expanded(path)
     # Else transformers would take it for the name of a model of the hub, and ask there.
     local = path.startswith((".", "~")) or Path(path).is_absolute()
     if local and not Path(path).exists():
         raise MissingFileError(
-            f"hf:{path}: there is no folder '{path}'; give one that save_pretrained wrote, or an "
+            f"hf:{given}: there is no folder '{path}'; give one that save_pretrained wrote, or an "
             f"id of the hub such as openai-community/gpt2"
         )
     transformers: Any = required("transformers", "huggingface")
@@ -100,6 +102,15 @@ def pretrained_model(path: str) -> nn.Module:
             stacklevel=2,
         )
     return plain_linears(model).eval()
+
+
+def _expanded(path: str) -> str:
+    if not path.startswith("~"):
+        return path
+    try:
+        return str(Path(path).expanduser())
+    except RuntimeError:  # there is no such user
+        return path
 
 
 def _some(names: Iterable[str]) -> str:

@@ -21,6 +21,7 @@ from eigendamage.integrations._live import (
 )
 from eigendamage.plan import Budget
 from eigendamage.report import Report
+from eigendamage.seeds import check_seed
 
 
 class CompressionCallback(Callback):
@@ -64,9 +65,11 @@ class CompressionCallback(Callback):
             seed: of the draw of batches.
 
         Raises:
-            EigenDamageError: if no round is asked for, or both steps and epochs are given.
+            EigenDamageError: if no round is asked for, if both steps and epochs are given, or if
+                the seed is none.
         """
         super().__init__()
+        check_seed(seed)
         self._rounds = LiveRounds(budget, moments_of(at_steps, at_epochs), compressor)
         self._by_steps = bool(at_steps)
         self._network = network

@@ -19,6 +19,7 @@ from eigendamage.integrations._live import (
 )
 from eigendamage.plan import Budget
 from eigendamage.report import Report
+from eigendamage.seeds import check_seed
 
 
 class CompressionCallback(TrainerCallback):
@@ -58,8 +59,10 @@ class CompressionCallback(TrainerCallback):
             seed: of the draw of batches.
 
         Raises:
-            EigenDamageError: if no round is asked for, or both steps and epochs are given.
+            EigenDamageError: if no round is asked for, if both steps and epochs are given, or if
+                the seed is none.
         """
+        check_seed(seed)
         self._rounds = LiveRounds(budget, moments_of(at_steps, at_epochs), compressor)
         self._by_steps = bool(at_steps)
         self._data, self._batches, self._seed = data, batches, seed

@@ -4,6 +4,7 @@ from eigendamage.layers._channel_graph import Carrier, ChannelGraph, ChannelGrou
 from eigendamage.layers._channels import find_channels
 from eigendamage.layers._copy import copy_model
 from eigendamage.layers._cost import FORMS, Cost, DenseForm, Form, LayerShape
+from eigendamage.layers._counters import COUNTERS
 from eigendamage.layers._factored import FactoredConv2d, FactoredLinear, balance, balance_factors
 from eigendamage.layers._find import ON_REQUEST, Layer, Layers, find_layers
 from eigendamage.layers._geometry import ConvGeometry
@@ -32,6 +33,7 @@ from eigendamage.layers._sums import Port, Sum, find_sums
 from eigendamage.layers._trace import LayerTrace, Trace, evaluating, preserved_random_state, trace
 
 __all__ = [
+    "COUNTERS",
     "FORMS",
     "ON_REQUEST",
     "Carrier",

@@ -6,12 +6,13 @@ from torch import nn
 
 from eigendamage.layers._channel_graph import ChannelGroup, Counter, innermost
 
-_COUNTERS = (
+COUNTERS = (
     # Heads: timm, GPT-2, OPT and CLIP; GPT-NeoX and BERT; ViTs by hand; DistilBERT and T5.
     *("num_heads", "num_attention_heads", "heads", "n_heads"),
     # Their channels: GPT-2 and CodeGen; timm; BERT before transformers 5; T5 and diffusers.
     *("split_size", "attn_dim", "all_head_size", "inner_dim"),
 )
+"""Names of the attributes that are ever set; a file that names others is refused."""
 
 
 def with_counters(base: nn.Module, group: ChannelGroup) -> ChannelGroup:
@@ -24,6 +25,6 @@ def with_counters(base: nn.Module, group: ChannelGroup) -> ChannelGroup:
         Counter(module=holder, attribute=name, whole=value, per_unit=value // group.size)
         for holder in dict.fromkeys([group.holder, innermost(group.makers)])
         for name, value in vars(base.get_submodule(holder)).items()
-        if name in _COUNTERS and type(value) is int and value > 0 and value % group.size == 0
+        if name in COUNTERS and type(value) is int and value > 0 and value % group.size == 0
     ]
     return group.model_copy(update={"counters": tuple(counters)})

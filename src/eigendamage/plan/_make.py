@@ -39,6 +39,7 @@ from eigendamage.plan._methods import (
 from eigendamage.plan._plan import Keep, LayerPlan, Plan
 from eigendamage.plan._task import Result, Task
 from eigendamage.plan._weights import plan_weights
+from eigendamage.seeds import check_seed
 
 
 @one_fate
@@ -125,6 +126,7 @@ def make_plan(
             has nothing to choose by.
         EigenDamageError: if the curvature lacks what the method needs, or an option is unknown.
     """
+    check_seed(seed)
     variant = check_options(
         budget,
         method=method,

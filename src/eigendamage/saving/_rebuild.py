@@ -11,6 +11,7 @@ from torch.nn.utils import prune
 
 from eigendamage.errors import EigenDamageError, FileFormatError, MismatchError
 from eigendamage.layers import (
+    COUNTERS,
     ConvGeometry,
     FactoredConv2d,
     FactoredLinear,
@@ -98,6 +99,11 @@ def _nowhere(tensor: Tensor) -> Tensor:
 
 def _check(path: str, module: nn.Module, form: ModuleForm) -> None:
     for attribute, (before, _) in form.counts.items():
+        if attribute not in COUNTERS:
+            raise FileFormatError(
+                f"'{attribute}' of '{path}' is said to count heads, which is known of "
+                f"{', '.join(COUNTERS)} alone"
+            )
         now = vars(module).get(attribute)
         if type(now) is not int or now != before:
             raise MismatchError(

@@ -58,8 +58,10 @@ def read_weights(
 
     Raises:
         FileFormatError: if a file is no whole safetensors file, or the first tensor that is
-            missing, left over, of another shape or of another kind of numbers.
+            missing, left over, of another shape or of another kind of numbers, or that only the
+            structure names.
     """
+    _refuse_unknown([name for name, _ in saved_tensors(model)], structure)
     with ExitStack() as stack:
         where: dict[str, Any] = {}
         for path in files:
@@ -72,6 +74,13 @@ def read_weights(
         keys = _keys([name for name, _ in saved_tensors(model)], structure.ties, where)
         _compare(told, model, keys, where)
         _fill(told, model, structure.layouts, keys, where, places)
+
+
+def _refuse_unknown(names: Sequence[str], structure: Structure) -> None:
+    ties, layouts = structure.ties, structure.layouts
+    for what, named in (("ties", {*ties, *ties.values()}), ("layouts", {*layouts})):
+        if odd := sorted(named.difference(names)):
+            raise FileFormatError(f"{what} of the structure name '{odd[0]}', which no tensor has")
 
 
 def _keys(

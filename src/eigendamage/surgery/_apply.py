@@ -9,6 +9,7 @@ from torch import nn
 from eigendamage.curvature import Curvature
 from eigendamage.errors import EigenDamageError, MismatchError
 from eigendamage.layers import (
+    COUNTERS,
     Layer,
     Origin,
     copy_model,
@@ -145,6 +146,10 @@ def _check_carrier(model: nn.Module, name: str, planned: CarrierPlan) -> None:
 
 def _check_counter(model: nn.Module, planned: CounterPlan) -> None:
     place = f"'{planned.attribute}' of '{planned.module}'"
+    if planned.attribute not in COUNTERS:
+        raise MismatchError(
+            f"the plan sets {place}, which is no count of heads; those are {', '.join(COUNTERS)}"
+        )
     try:
         found = getattr(model.get_submodule(planned.module), planned.attribute)
     except AttributeError as error:

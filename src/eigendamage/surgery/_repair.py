@@ -23,6 +23,7 @@ from eigendamage.layers import (
     trace,
 )
 from eigendamage.progress import track
+from eigendamage.seeds import check_seed
 from eigendamage.surgery._lockstep import lockstep
 from eigendamage.surgery._passes import Twins
 from eigendamage.surgery._refit import LayerRepair, refit_of, refitted, stages_of
@@ -98,6 +99,7 @@ def repair_model(
         NonFiniteError: if a layer reads or returns a NaN or an infinity.
         LayerError: if a layer does not run, fails, runs twice or out of turn on some batch.
     """
+    check_seed(seed)
     if not (ridge >= 0 and positions >= 1):
         raise EigenDamageError(
             f"ridge is {ridge} and positions is {positions}; expected at least 0 and 1"

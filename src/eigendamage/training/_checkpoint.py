@@ -61,11 +61,18 @@ class Checkpoint:
             raise FileFormatError(
                 f"{self._path} is not the state of a training run: {said}"
             ) from error
-        if not isinstance(found, dict) or found.get("version") != _VERSION:
+        if not isinstance(found, dict) or "version" not in found:
             raise FileFormatError(
-                f"{self._path} is not the state of a training run of version {_VERSION}"
+                f"{self._path} is not the state of a training run: it says no version"
             )
         state = cast("dict[str, Any]", found)
+        if state["version"] != _VERSION:
+            raise FileFormatError(
+                f"{self._path} is the state of a training run of version {state['version']!r}, "
+                f"this library reads {_VERSION}; remove it to train anew (of a compression in "
+                f"rounds its whole folder, as OUT/rounds), give another place, or end the run with "
+                f"the version that began it"
+            )
         before: dict[str, str] = state["identity"]
         for name, value in self._identity.items():
             if before.get(name) != value:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Literal, get_args, get_type_hints
 
 from eigendamage.errors import EigenDamageError
+from eigendamage.seeds import check_seed
 
 Optimizer = Literal["sgd", "adamw"]
 Schedule = Literal["one-cycle", "cosine", "constant"]
@@ -82,6 +83,7 @@ class FinetuneConfig:
                 raise EigenDamageError(
                     f"{field.name} is '{value}'; expected {', '.join(map(str, allowed))}"
                 )
+        check_seed(self.seed)
         self._check_numbers()
 
     def _check_numbers(self) -> None:

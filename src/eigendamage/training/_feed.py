@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Sequent
 
 from eigendamage.batches import Batch, as_batch, iterable_of, numbered
 from eigendamage.errors import DataError
+from eigendamage.seeds import unsigned_seed
 
 
 @runtime_checkable
@@ -70,7 +71,7 @@ class LoaderFeed:
         return self._batches // self._processes
 
     def batches(self, epoch: int) -> Iterator[Batch]:
-        seed = int(np.random.SeedSequence([self._seed, epoch]).generate_state(1)[0])
+        seed = int(np.random.SeedSequence([unsigned_seed(self._seed), epoch]).generate_state(1)[0])
         seed_everything(seed)
         for part in (self._data, *_parts(self._data)):
             announce = getattr(part, "set_epoch", None)
@@ -229,7 +230,7 @@ class PoolFeed:
         return self._steps
 
     def batches(self, epoch: int) -> Iterator[Batch]:
-        seed = int(np.random.SeedSequence([self._seed, epoch]).generate_state(1)[0])
+        seed = int(np.random.SeedSequence([unsigned_seed(self._seed), epoch]).generate_state(1)[0])
         generator = torch.Generator().manual_seed(seed)
         for batch in self._pass_of(generator):
             yield self._augment(batch, generator)

@@ -9,6 +9,7 @@ import torch
 
 from eigendamage.errors import DataError
 from eigendamage.files import opened
+from eigendamage.seeds import check_seed, unsigned_seed
 from eigendamage.zoo._decode import decode
 from eigendamage.zoo._images import ImageSet, normalise
 from eigendamage.zoo._layout import lay_out, splits_of
@@ -53,8 +54,10 @@ def load_images(
         FileError: if it cannot be read.
         DataError: if there are no such images, or they do not fit together.
         FileFormatError: if a file is broken.
+        EigenDamageError: if the seed is none.
     """
     path = Path(path)
+    check_seed(seed)
     if limit is not None and limit < 1:
         raise DataError(f"a limit of {limit} images was given; it must be 1 or more")
     if path.suffix.lower() == ".npz" and path.is_file():
@@ -114,4 +117,4 @@ def _from_npz(
 
 
 def _order(count: int, limit: int | None, seed: int) -> torch.Tensor:
-    return torch.from_numpy(np.random.default_rng(seed).permutation(count)[:limit])
+    return torch.from_numpy(np.random.default_rng(unsigned_seed(seed)).permutation(count)[:limit])

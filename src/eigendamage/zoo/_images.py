@@ -14,6 +14,7 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
 from eigendamage.errors import DataError
+from eigendamage.seeds import check_seed, unsigned_seed
 from eigendamage.zoo._npz import read_npz
 
 _CROP_PADDING = 2
@@ -72,6 +73,8 @@ class ImageBatches:
             raise DataError(f"a batch size of {batch_size} was asked for; give 1 or more")
         if len(source) == 0:
             raise DataError("the image set is empty; there is nothing to make batches of")
+        if shuffle_seed is not None:
+            check_seed(shuffle_seed)
         self.source = source
         self.batch_size = batch_size
         self.shuffle_seed = shuffle_seed
@@ -152,7 +155,7 @@ def normalise(
 
 def _generator(seed: int, passes: int) -> torch.Generator:
     # SeedSequence keeps (0, 1) and (1, 0) apart, which a sum of the two would not.
-    state = np.random.SeedSequence([seed, passes]).generate_state(1, np.uint64)[0]
+    state = np.random.SeedSequence([unsigned_seed(seed), passes]).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state >> np.uint64(1)))
 
 

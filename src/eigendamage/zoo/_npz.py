@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import lzma
+import struct
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -16,8 +18,12 @@ from torch import Tensor
 from eigendamage.errors import DataError, FileFormatError
 from eigendamage.zoo._limits import refuse_too_many_bytes
 
-# What zipfile (an encrypted entry) and numpy (a header that promises too much) may raise besides.
-_READ_ERRORS = (OSError, EOFError, RuntimeError, MemoryError, AttributeError, TypeError)
+# What zipfile (an encrypted entry, one of a version that it does not know, a name that is no text)
+# and numpy (a header that promises too much) raise.
+_READ_ERRORS = (
+    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, OSError, EOFError),
+    *(RuntimeError, ValueError, MemoryError, AttributeError, TypeError),
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +58,7 @@ def read_npz(stream: IO[bytes], split: str, where: str) -> Arrays:
         stream.seek(0)
         with np.load(stream, allow_pickle=False) as file:
             return _read(file, split, where)
-    except (zipfile.BadZipFile, zlib.error, ValueError, *_READ_ERRORS) as error:
+    except _READ_ERRORS as error:
         raise FileFormatError(
             f"'{where}' is not a whole .npz file of plain arrays ({error}); save it again with"
             " numpy.savez_compressed"
@@ -68,7 +74,7 @@ def npz_splits(stream: IO[bytes], where: str) -> tuple[str, ...]:
     try:
         with zipfile.ZipFile(stream) as archive:
             names = [entry.filename for entry in archive.infolist()]
-    except (zipfile.BadZipFile, *_READ_ERRORS) as error:
+    except _READ_ERRORS as error:
         raise FileFormatError(f"'{where}' is not a whole .npz file ({error})") from error
     ending = "_images.npy"
     return tuple(sorted(n.removesuffix(ending) for n in names if n.endswith(ending)))
