@@ -71,7 +71,7 @@ class LoaderFeed:
         return self._batches // self._processes
 
     def batches(self, epoch: int) -> Iterator[Batch]:
-        seed = int(np.random.SeedSequence([unsigned_seed(self._seed), epoch]).generate_state(1)[0])
+        seed = _seed_of(self._seed, epoch)
         seed_everything(seed)
         for part in (self._data, *_parts(self._data)):
             announce = getattr(part, "set_epoch", None)
@@ -81,6 +81,11 @@ class LoaderFeed:
             mine = islice(self._data, self._rank, len(self) * self._processes, self._processes)
             for index, raw in numbered(mine):
                 yield as_batch(raw, index, self._device)
+
+
+def _seed_of(seed: int, epoch: int) -> int:
+    """Of one epoch. Seed 0 in epoch 1 and seed 1 in epoch 0 differ, as they would not in a sum."""
+    return int(np.random.SeedSequence([unsigned_seed(seed), epoch]).generate_state(1)[0])
 
 
 def seed_everything(seed: int) -> None:
@@ -230,7 +235,7 @@ class PoolFeed:
         return self._steps
 
     def batches(self, epoch: int) -> Iterator[Batch]:
-        seed = int(np.random.SeedSequence([unsigned_seed(self._seed), epoch]).generate_state(1)[0])
+        seed = _seed_of(self._seed, epoch)
         generator = torch.Generator().manual_seed(seed)
         for batch in self._pass_of(generator):
             yield self._augment(batch, generator)

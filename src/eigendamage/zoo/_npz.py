@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import lzma
-import struct
 import zipfile
-import zlib
 from dataclasses import dataclass
 from typing import IO
 
@@ -16,14 +13,11 @@ from numpy.lib.npyio import NpzFile
 from torch import Tensor
 
 from eigendamage.errors import DataError, FileFormatError
+from eigendamage.zoo._archive import ARCHIVE_ERRORS
 from eigendamage.zoo._limits import refuse_too_many_bytes
 
-# What zipfile (an encrypted entry, one of a version that it does not know, a name that is no text)
-# and numpy (a header that promises too much) raise.
-_READ_ERRORS = (
-    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, OSError, EOFError),
-    *(RuntimeError, ValueError, MemoryError, AttributeError, TypeError),
-)
+# numpy raises more, of a header that promises too much.
+_READ_ERRORS = (*ARCHIVE_ERRORS, MemoryError, AttributeError, TypeError)
 
 
 @dataclass(frozen=True, eq=False)

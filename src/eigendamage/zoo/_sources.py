@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import lzma
 import os
 import re
-import struct
 import zipfile
-import zlib
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,13 +13,7 @@ from pathlib import Path
 
 from eigendamage.errors import DataError, FileFormatError
 from eigendamage.files import opened
-
-# What zipfile raises of an archive or an entry that it cannot read: RuntimeError if it is encrypted
-# or of a method or a version that is not known, ValueError of names that are no text.
-_READ_ERRORS = (
-    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error),
-    *(EOFError, RuntimeError, ValueError, OSError),
-)
+from eigendamage.zoo._archive import ARCHIVE_ERRORS
 
 _SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
@@ -65,7 +56,7 @@ def image_files(path: Path) -> Generator[list[ImageFile], None, None]:
     with opened(path, "data") as stream:
         try:
             archive = zipfile.ZipFile(stream)
-        except _READ_ERRORS as error:
+        except ARCHIVE_ERRORS as error:
             raise FileFormatError(
                 f"'{path}' is no whole zip archive ({error}); give a folder, a .zip or an .npz file"
             ) from error
@@ -123,7 +114,7 @@ def _read_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, path: Path) ->
         # Reading to a given length keeps an entry from unpacking to more than it declares.
         with archive.open(entry) as stream:
             return stream.read(entry.file_size)
-    except _READ_ERRORS as error:
+    except ARCHIVE_ERRORS as error:
         raise FileFormatError(
             f"'{entry.filename}' in '{path}' cannot be read ({error}); make the archive again,"
             " not encrypted"
