@@ -5,7 +5,8 @@ Torch-Pruning's Taylor and Hessian with them. Every competitor's batch norm is m
 those images, which is its result without training (of `auto` it is the repaired model). With
 ``--epochs`` each is trained alike: on the training split less a tenth, which is held out to choose
 the epoch by; labels and distillation, crops and flips, in bfloat16 (``--precision no`` where a
-processor has none). The test split is only measured on. Run
+processor has none), which gives a row without training too. The test split is only measured on.
+Run
 
     python benchmarks/peers.py --network resnet20 --data CIFAR10.zip --weights resnet20.safetensors
 
@@ -37,6 +38,7 @@ BUDGETS = (0.75, 0.5, 0.35, 0.25)
 FAMILY = ("eigendamage", "kron-obs", "kron-obd", "c-obs", "c-obd")
 LEARNING_RATE = 0.02
 KEYS = ("network", "seed", "budget", "epochs", "method")
+OF_TRAINING = ("precision", "tuned", "training_seconds")
 COMMAND = (
     "python benchmarks/peers.py --network NETWORK --data DATA --weights NETWORK.safetensors "
     "--epochs EPOCHS"
@@ -197,7 +199,10 @@ def rows(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
                     continue
                 if (given.network, seed, budget, given.epochs, method) in done:
                     continue
-                yield harness.row(method, make, budget, given.epochs)
+                row = harness.row(method, make, budget, given.epochs)
+                if given.epochs and (given.network, seed, budget, 0, method) not in done:
+                    yield {key: row[key] for key in row if key not in OF_TRAINING} | {"epochs": 0}
+                yield row
 
 
 def main() -> None:
