@@ -4,8 +4,9 @@ The candidates of one network are made first and then timed together, taking tur
 running them: eager, channels_last, torch.compile and onnxruntime, at batches of 1 and 64. Nothing
 is trained; batch norm's statistics are measured again for all but the repaired ones. Accuracy is
 that on the test split. Torch-Pruning's shortcuts are timed as choices of channels, not as the
-convolutions that stand for them while it prunes; it is asked for widths of any number and for
-multiples of 8, as our budgets of latency are. On a machine that does nothing else, run
+convolutions that stand for them while it prunes. Both are asked for widths of any number and for
+multiples of 8, which our budgets of latency make by themselves. On a machine that does nothing
+else, run
 
     python benchmarks/latency_peers.py
     python benchmarks/latency_peers.py --network NETWORK --data DATA --weights WEIGHTS
@@ -37,7 +38,7 @@ from eigendamage import zoo
 from eigendamage.measure._timing import samples_of
 
 EXAMPLES = 2000
-OTHERS = ("Torch-Pruning GroupTaylor, global", "Torch-Pruning GroupMagnitude, isomorphic")
+OTHERS = ("Torch-Pruning GroupTaylor, global", "Torch-Pruning GroupTaylor, inner")
 COMMAND = "python benchmarks/latency_peers.py --network NETWORK --data DATA --weights WEIGHTS"
 ROUNDS = 31
 SAMPLE = 5e-3
@@ -75,19 +76,21 @@ def candidates(given: argparse.Namespace, model: nn.Module) -> dict[str, nn.Modu
         except ed.BudgetError as error:
             return str(error)
 
-    for budget in given.budgets:
-        name = f"auto, macs {budget:g}"
-        found[name] = ours(name, ed.Budget(macs=budget))
-        name = f"auto, channels alone, macs {budget:g}"
-        found[name] = ours(name, ed.Budget(macs=budget), actions=("channels",))
-        for batch in (1, 64):
-            name = f"auto, latency {budget:g} at batch {batch}"
-            found[name] = ours(name, ed.Budget(latency=budget), latency_batch=batch)
-        for name, multiple in product(OTHERS, (1, 8)):
+    for budget, multiple in product(given.budgets, (1, 8)):
+        end = f"{', multiples of 8' if multiple == 8 else ''}, macs {budget:g}"
+        macs = ed.Budget(macs=budget)
+        found[f"auto{end}"] = ours(f"auto{end}", macs, multiple=multiple)
+        if multiple == 1:
+            name = f"auto, channels alone{end}"
+            found[name] = ours(name, macs, actions=("channels",))
+        for name in OTHERS:
             small = others[name](budget, multiple=multiple)
             ed.recalibrate_batchnorm(small, unlabeled, progress=False)
-            widths = ", multiples of 8" if multiple == 8 else ""
-            found[f"{name}{widths}, macs {budget:g}"] = small
+            found[f"{name}{end}"] = small
+    # The last, as they are measured while they are made.
+    for budget, batch in product(given.latencies, (1, 64)):
+        name = f"auto, latency {budget:g} at batch {batch}"
+        found[name] = ours(name, ed.Budget(latency=budget), latency_batch=batch)
     return found
 
 
@@ -131,15 +134,17 @@ def calls(models: list[nn.Module], x: Tensor, way: str, folder: str) -> list[Cal
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--network", default="demo_network", help="of the zoo")
+    parser.add_argument("--network", default="demo_network", help="of the zoo, or resnet20x2")
     parser.add_argument("--data", help="CIFAR-10; the bundled images for demo_network")
-    parser.add_argument("--weights")
-    parser.add_argument("--budgets", type=float, nargs="+", default=[0.75, 0.5, 0.35])
+    parser.add_argument("--weights", help="of resnet20x2 those that wide_resnet32.py trains")
+    parser.add_argument("--budgets", type=float, nargs="+", default=[0.75, 0.5, 0.35], help="MACs")
+    parser.add_argument("--latencies", type=float, nargs="+", default=[0.75, 0.5])
     here = Path(__file__).parent / "results" / "latency_peers.json"
     parser.add_argument("--out", type=Path, default=here)
     given = parser.parse_args()
 
-    model = zoo.get(given.network)().eval()
+    wide = given.network == "resnet20x2"
+    model = (zoo.resnet20(width=32) if wide else zoo.get(given.network)()).eval()
     if given.weights is not None:
         zoo.load_weights(model, given.weights)
     test = images(given, "test", None)

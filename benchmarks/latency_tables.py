@@ -114,22 +114,16 @@ def _kind(candidate: str, batch: int) -> str | None:
     return candidate.rpartition(", macs ")[0]
 
 
+_OF_8 = {"marker": "s", "linestyle": (0, (4, 2))}
 _STYLES: dict[str, dict[str, Any]] = {
     "auto": {"color": "#2b8a4f", "marker": "o"},
+    "auto, multiples of 8": {"color": "#2b8a4f", **_OF_8},
     "auto, channels alone": {"color": "#2b8a4f", "marker": "^", "linestyle": (0, (1, 1))},
-    "auto, by latency": {"color": "#2b8a4f", "marker": "s", "linestyle": (0, (4, 2))},
+    "auto, by latency": {"color": "#7a4fb0", **_OF_8},
     "Torch-Pruning GroupTaylor, global": {"color": "#b5403a", "marker": "o"},
-    "Torch-Pruning GroupTaylor, global, multiples of 8": {
-        "color": "#b5403a",
-        "marker": "s",
-        "linestyle": (0, (4, 2)),
-    },
-    "Torch-Pruning GroupMagnitude, isomorphic": {"color": "#2f6db3", "marker": "o"},
-    "Torch-Pruning GroupMagnitude, isomorphic, multiples of 8": {
-        "color": "#2f6db3",
-        "marker": "s",
-        "linestyle": (0, (4, 2)),
-    },
+    "Torch-Pruning GroupTaylor, global, multiples of 8": {"color": "#b5403a", **_OF_8},
+    "Torch-Pruning GroupTaylor, inner": {"color": "#2f6db3", "marker": "o"},
+    "Torch-Pruning GroupTaylor, inner, multiples of 8": {"color": "#2f6db3", **_OF_8},
 }
 
 

@@ -259,12 +259,34 @@ def test_a_latency_below_all_that_was_built_names_the_best(
         _compress(ed.Budget(latency=0.8), curvature=curvature, multiple=1, actions=MEASURED)
 
 
-def test_a_latency_below_all_that_can_be_planned_names_the_least(
+def test_what_no_plan_meets_by_the_table_is_built_and_measured(
+    monkeypatch: pytest.MonkeyPatch, curvature: ed.Curvature
+) -> None:
+    """A table that tells of a rest which the device does not have."""
+    whole = PER_MAC * ed.count(_model(), _batches()[0]).macs
+    _device(monkeypatch, curvature, overhead=0.0, told=2 * whole)
+    result = _compress(ed.Budget(latency=0.52), curvature=curvature, multiple=1, actions=MEASURED)
+    before, after = (ed.count(m, _batches()[0]).macs for m in (_model(), result.model))
+    assert 0.93 * 0.52 <= after / before <= 0.52
+    assert result.plan.budget == ed.Budget(latency=0.52)
+
+
+def test_a_latency_below_the_fastest_that_can_be_planned_names_what_that_takes(
     monkeypatch: pytest.MonkeyPatch, curvature: ed.Curvature
 ) -> None:
     timed = _device(monkeypatch, curvature, overhead=1e3, told=1e3)
-    with pytest.raises(ed.BudgetError, match=r"least that can be reached is 0\.\d+ of the model's"):
+    with pytest.raises(ed.BudgetError, match=r"the fastest model that was built takes 0\.98\d of"):
         _compress(ed.Budget(latency=0.5), curvature=curvature, multiple=1, actions=MEASURED)
+    assert len(timed) == 1
+
+
+def test_a_size_below_all_that_can_be_planned_is_refused_before_anything_is_timed(
+    monkeypatch: pytest.MonkeyPatch, curvature: ed.Curvature
+) -> None:
+    timed = _device(monkeypatch, curvature, overhead=0.0, told=0.0)
+    budget = ed.Budget(latency=0.7, params=0.001)
+    with pytest.raises(ed.BudgetError, match=r"latency 0\.7 cannot be met: the least .* params"):
+        _compress(budget, curvature=curvature, multiple=1, actions=MEASURED)
     assert timed == []
 
 

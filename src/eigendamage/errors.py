@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 
 class EigenDamageError(Exception):
     """Base of all errors that this library raises on purpose."""
@@ -45,7 +47,16 @@ class ChannelError(EigenDamageError):
 
 
 class BudgetError(EigenDamageError):
-    """A budget that cannot be met, or that is not well formed."""
+    """A budget that cannot be met, or that is not well formed.
+
+    Attributes:
+        least: by unit the least fraction of the model that can be reached, each alone; empty where
+            it is not known.
+    """
+
+    def __init__(self, message: str, least: Mapping[str, float] | None = None) -> None:
+        super().__init__(message)
+        self.least = dict(least or {})
 
 
 class MismatchError(EigenDamageError):

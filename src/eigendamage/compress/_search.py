@@ -19,7 +19,9 @@ from eigendamage.surgery import apply_plan
 
 _LATENCY_TRIALS = 6
 _LATENCY_BELOW = 0.93  # of the budget: a model that is faster than that gives away accuracy
+_LATENCY_CLOSE = 0.003  # by the table, between a model that is fast enough and one that is not
 _LATENCY_ROUNDS = 25
+_PLANNABLE = 0.005  # of the latency above the least of a table: not by rank 1 everywhere
 _LOSS_TRIALS = 7
 _LOSS_CLOSE = 0.01  # of the original's MACs between a model that is good enough and one that is not
 
@@ -74,7 +76,8 @@ def _within_latency(
     The table's times of layers do not add up to those of a model to the last few percent, so models
     are built by it (without a repair, which changes no time) and measured whole beside the one
     that they are made of, and the budget is corrected until the result is within it and not far
-    below.
+    below. Where by the table no plan is fast enough, what it says is the fastest is built first:
+    what it counts as time between the layers gets shorter too where they get narrower.
 
     Raises:
         BudgetError: if no model that was built is fast enough.
@@ -84,15 +87,21 @@ def _within_latency(
     best: tuple[Source, Plan, float] | None = None
     fastest = math.inf
     highest, lowest = 1.0, 0.0
+    refused: BudgetError | None = None
     for _ in range(_LATENCY_TRIALS):
         trial = _with_latency(budget, asked)
         try:
             source, plan = planned(source, trial, settings)
-        except BudgetError:
+        except BudgetError as error:
+            refused = refused or error
             lowest = asked
-            if best is None and asked >= goal and math.isinf(fastest):
-                raise
-            asked = (asked + highest) / 2
+            if math.isinf(fastest):
+                nearest = _nearest(error, trial)
+                if nearest is None:
+                    raise refused from None
+                asked = lowest = nearest
+            else:
+                asked = (asked + highest) / 2
             continue
         with settings.clock.stage("latency"):
             cut = apply_plan(source.model, plan, source.curvature)
@@ -111,7 +120,7 @@ def _within_latency(
         middle = 0.5 * (1 + _LATENCY_BELOW) * goal
         wanted = asked - (found - middle) * (1 - asked) / max(1 - found, 1e-9)
         asked = wanted if lowest < wanted < highest else (lowest + highest) / 2
-        if highest - lowest < 0.01:
+        if highest - lowest < _LATENCY_CLOSE:
             break
     if best is not None:
         # The best of several noisy trials looks faster than it is: it is timed once more.
@@ -126,6 +135,15 @@ def _within_latency(
             f"not get faster with their MACs; give a larger budget, or one of MACs"
         )
     return best
+
+
+def _nearest(error: BudgetError, budget: Budget) -> float | None:
+    """The least latency that can be planned; None where something else stands in the way."""
+    least = error.least
+    beyond = [unit for unit, fraction in budget.given.items() if least.get(unit, 0.0) > fraction]
+    if beyond != ["latency"] or least["latency"] >= 1 - _PLANNABLE:
+        return None
+    return least["latency"] + _PLANNABLE
 
 
 def _times(models: list[nn.Module], timing: Timing, rounds: int) -> list[Latency]:

@@ -108,7 +108,7 @@ class Market:
         limits = [limit - self._rest[unit] for unit, limit in self._limits.items()]
         allocation = allocate([site.menu for site in sites], limits)
         if allocation is None:
-            raise BudgetError(self._impossible(sites))
+            raise self._impossible(sites)
         layers: dict[str, int] = {}
         groups: dict[str, int] = {}
         for site, at in zip(sites, allocation.choice, strict=True):
@@ -245,16 +245,17 @@ class Market:
             fine &= left >= self._floors.get(name, 0.0)
         return fine
 
-    def _impossible(self, sites: list[Site]) -> str:
-        found = [
-            f"{(least([s.menu for s in sites], k) + self._rest[unit]) / self._whole[unit]:.4f} of "
-            f"the model's {unit}"
+    def _impossible(self, sites: list[Site]) -> BudgetError:
+        found = {
+            unit: (least([s.menu for s in sites], k) + self._rest[unit]) / self._whole[unit]
             for k, unit in enumerate(self._limits)
-        ]
-        return (
+        }
+        told = ", ".join(f"{part:.4f} of the model's {unit}" for unit, part in found.items())
+        return BudgetError(
             f"a budget of {self._task.budget} cannot be met: the least that can be reached is "
-            f"{', '.join(found)}{' (each alone)' if len(found) > 1 else ''}; the rest lies in what "
-            f"is kept whole or cannot be cut.{_mostly_left_alone(self._task)} Give a larger budget"
+            f"{told}{' (each alone)' if len(found) > 1 else ''}; the rest lies in what is kept "
+            f"whole or cannot be cut.{_mostly_left_alone(self._task)} Give a larger budget",
+            found,
         )
 
 
