@@ -6,7 +6,7 @@ is trained; batch norm's statistics are measured again for all but the repaired 
 that on the test split. Torch-Pruning's shortcuts are timed as choices of channels, not as the
 convolutions that stand for them while it prunes. Both are asked for widths of any number and for
 multiples of 8, which our budgets of latency make by themselves. On a machine that does nothing
-else, run
+else once the script says so, run
 
     python benchmarks/latency_peers.py
     python benchmarks/latency_peers.py --network NETWORK --data DATA --weights WEIGHTS
@@ -84,10 +84,16 @@ def candidates(given: argparse.Namespace, model: nn.Module) -> dict[str, nn.Modu
             name = f"auto, channels alone{end}"
             found[name] = ours(name, macs, actions=("channels",))
         for name in OTHERS:
-            small = others[name](budget, multiple=multiple)
+            try:
+                small = others[name](budget, multiple=multiple)
+            except ValueError as error:
+                found[f"{name}{end}"] = str(error)
+                continue
             ed.recalibrate_batchnorm(small, unlabeled, progress=False)
             found[f"{name}{end}"] = small
     # The last, as they are measured while they are made.
+    print("from here on nothing else should run", flush=True)
+    torch.set_num_threads(given.threads)
     for budget, batch in product(given.latencies, (1, 64)):
         name = f"auto, latency {budget:g} at batch {batch}"
         found[name] = ours(name, ed.Budget(latency=budget), latency_batch=batch)
@@ -139,6 +145,7 @@ def main() -> None:
     parser.add_argument("--weights", help="of resnet20x2 those that wide_resnet32.py trains")
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.75, 0.5, 0.35], help="MACs")
     parser.add_argument("--latencies", type=float, nargs="+", default=[0.75, 0.5])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of timings")
     here = Path(__file__).parent / "results" / "latency_peers.json"
     parser.add_argument("--out", type=Path, default=here)
     given = parser.parse_args()

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 import eigendamage as ed
 from eigendamage.cli import app
+from eigendamage.files import alone_in
 
 _SOURCE = """
 import torch
@@ -182,6 +183,14 @@ def test_a_sweep_of_which_nothing_can_be_met_fails_but_is_kept() -> None:
     [row] = ed.Sweep.load("out/sweep.json").rows
     assert row.error is not None
     assert not Path("out/sweep.png").exists()
+
+
+def test_a_sweep_into_a_folder_in_which_a_run_is_at_work_is_refused() -> None:
+    with alone_in(Path("out")):
+        done = _run("sweep", "--budgets", "0.7", *_FEW)
+        assert isinstance(done.exception, ed.FileError)
+        assert "another run is at work in out" in str(done.exception)
+        assert list(Path("out").iterdir()) == []
 
 
 def test_sweep_refuses_what_it_does_not_know() -> None:

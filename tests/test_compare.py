@@ -112,6 +112,19 @@ def test_an_interrupted_run_goes_on_to_the_same_result(tmp_path: Path) -> None:
     ]
 
 
+def test_a_second_run_in_a_folder_is_refused_while_the_first_is_at_work(tmp_path: Path) -> None:
+    meanwhile: list[str] = []
+
+    def again(_row: Row) -> None:
+        with pytest.raises(ed.FileError) as refused:
+            run(tmp_path, methods=("random",))
+        meanwhile.append(str(refused.value))
+
+    first = run(tmp_path, methods=("random",), on_row=again)
+    assert meanwhile[0].startswith(f"another run is at work in {tmp_path};")
+    assert Comparison.load(tmp_path / "comparison.json") == first
+
+
 def test_another_setting_is_not_mixed_in(tmp_path: Path) -> None:
     run(tmp_path, methods=("random",))
     with pytest.raises(ed.MismatchError, match="with seed 0, now it is 1"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -204,6 +205,60 @@ def test_a_model_that_was_made_in_inference_mode_is_refused_and_stays_as_it_is()
             call()
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert len(ed.estimate_curvature(copy.deepcopy(model), data, progress=False)) == 3
+
+
+def test_a_model_that_cannot_be_copied_is_refused_before_the_data_is_read() -> None:
+    class Untouched:
+        def __iter__(self) -> Iterator[object]:
+            raise AssertionError("the data was read")
+
+    model = nn.Sequential(_network())
+    model[0][3].lock = threading.Lock()
+    with pytest.raises(ed.EigenDamageError, match=r"Sequential cannot be copied.*its '0\.3\.lock'"):
+        ed.compress(model, Untouched(), budget=ed.Budget(macs=0.5), progress=False)
+    del model[0][3].lock
+    small = ed.compress(
+        model, [_data()[0]], budget=ed.Budget(macs=0.8), method="eigendamage", progress=False
+    )
+    assert small.report.macs[1] <= 0.8 * small.report.macs[0]
+
+
+def test_a_model_without_values_is_refused() -> None:
+    with torch.device("meta"):
+        model = _network()
+    data = [_data()[0]]
+    calls: tuple[Callable[[], object], ...] = (
+        lambda: ed.compress(model, data, budget=ed.Budget(macs=0.5), progress=False),
+        lambda: ed.estimate_curvature(model, data, progress=False),
+        lambda: ed.evaluate(model, data, progress=False),
+        lambda: ed.count(model, data),
+    )
+    for call in calls:
+        with pytest.raises(ed.EigenDamageError, match=r"'0\.weight' is on the meta device"):
+            call()
+
+
+def test_a_call_within_another_on_the_same_model_says_so() -> None:
+    """As from two threads, in a fixed order."""
+    said: list[str] = []
+
+    class Watched(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = _network()
+
+        def forward(self, x: Tensor) -> Tensor:
+            if torch.is_grad_enabled() and not said:
+                said.append("")
+                with pytest.raises(ed.NothingToCompressError) as refused:
+                    ed.estimate_curvature(self, [x.detach()], progress=False)
+                said[0] = str(refused.value)
+            return self.network(x)
+
+    model = Watched()
+    found = ed.estimate_curvature(model, [_data()[0]], progress=False)
+    assert "another call of this library is at work on the model" in said[0]
+    assert len(found) == 3
 
 
 def test_the_same_ignore_goes_with_a_curvature_that_had_it() -> None:

@@ -300,7 +300,7 @@ def test_dicts_of_tensors_with_the_same_batch_axis() -> None:
         latency([model], [{"x": torch.ones(2, 2), "scale": None}], batch=3, rounds=1)
 
 
-def test_data_that_cannot_be_run() -> None:
+def test_data_that_cannot_be_run(monkeypatch: pytest.MonkeyPatch) -> None:
     model = _Watched()
     with pytest.raises(DataError, match=r"cannot run on inputs of shape \(1, 5\)"):
         latency([model], torch.ones(1, 5), batch=1)
@@ -308,6 +308,7 @@ def test_data_that_cannot_be_run() -> None:
         latency([model], torch.ones(1, 2), batch=0)
     with pytest.raises(DataError, match="no example"):
         latency([model], [], batch=1)
+    monkeypatch.setattr(_timing, "device_of", lambda model: next(model.parameters()).device)
     with pytest.raises(EigenDamageError, match="on cpu and meta"):
         latency([model, nn.Linear(2, 2, device="meta")], torch.ones(1, 2), batch=1)
     assert latency([], torch.ones(1, 2), batch=1) == []

@@ -183,7 +183,17 @@ def cannot_run(model: nn.Module, batch: Batch, error: RuntimeError) -> LayerErro
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """The device of the model's first parameter or buffer, the CPU if it has none."""
-    for tensor in (*model.parameters(), *model.buffers()):
+    """The device of the model's first parameter or buffer, the CPU if it has none.
+
+    Raises:
+        EigenDamageError: if that is the meta device, on which nothing has a value.
+    """
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise EigenDamageError(
+                f"the model's '{name}' is on the meta device, where tensors have no values: load "
+                f"its weights onto a device first, with model.to_empty(device=…) and "
+                f"load_state_dict"
+            )
         return tensor.device
     return torch.device("cpu")

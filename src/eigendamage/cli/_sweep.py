@@ -14,7 +14,7 @@ from eigendamage.cli._parsing import checked_seed, floors, kinds, refuse_unwrita
 from eigendamage.cli._sources import load_data, load_model
 from eigendamage.compress import sweep
 from eigendamage.curvature import Fisher
-from eigendamage.files import make_folder
+from eigendamage.files import alone_in, make_folder
 from eigendamage.plan import ACTIONS, Budget, Unit
 from eigendamage.report import SweepRow, number, percent, plot_sweep, print_sweep
 
@@ -77,29 +77,30 @@ def sweep_command(
             said += f", divergence {number(row.measured.divergence)}"
         console.print(f"{row.budget}: {said}", highlight=False)
 
-    result = sweep(
-        network,
-        images.data,
-        budgets=goals,
-        measure=to_measure,
-        eval_data=images.eval_data,
-        fisher=fisher,
-        ignore=ignore,
-        actions=allowed,
-        multiple=multiple,
-        floors=floor_of,
-        calibrate=calibrate,
-        repair=repair,
-        max_examples=examples,
-        seed=seed,
-        progress=not quiet,
-        on_row=tell,
-    )
-    make_folder(out)
-    result.save(out / "sweep.json")
-    print_sweep(result, console)
-    for kind in ("svg", "png"):
-        plot_sweep(result, out / f"sweep.{kind}")
+    with alone_in(out):
+        result = sweep(
+            network,
+            images.data,
+            budgets=goals,
+            measure=to_measure,
+            eval_data=images.eval_data,
+            fisher=fisher,
+            ignore=ignore,
+            actions=allowed,
+            multiple=multiple,
+            floors=floor_of,
+            calibrate=calibrate,
+            repair=repair,
+            max_examples=examples,
+            seed=seed,
+            progress=not quiet,
+            on_row=tell,
+        )
+        make_folder(out)
+        result.save(out / "sweep.json")
+        print_sweep(result, console)
+        for kind in ("svg", "png"):
+            plot_sweep(result, out / f"sweep.{kind}")
     if as_json:
         typer.echo(result.model_dump_json(indent=1))
     console.print(f"Written to {out}.")

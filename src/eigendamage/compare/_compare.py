@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,7 +29,7 @@ from eigendamage.errors import (
     EigenDamageError,
     MismatchError,
 )
-from eigendamage.files import make_folder
+from eigendamage.files import alone_in
 from eigendamage.measure import evaluate
 from eigendamage.plan import Budget, Unit, needs
 from eigendamage.report import Comparison, Environment, Measured, Row, Settings
@@ -91,6 +92,7 @@ def compare(
         EigenDamageError: if a method is unknown, a budget out of range, or there is nothing to
             train on although epochs are asked for.
         MismatchError: if the folder holds a comparison with other settings.
+        FileError: if another run is in the folder, or it cannot be made.
     """
     competitors = list(dict.fromkeys(Competitor.of(name) for name in methods))
     _refuse_bad_options(competitors, budgets, epochs, train_data)
@@ -100,8 +102,6 @@ def compare(
     data = kept(data)
     eval_data = kept(eval_data)
     folder = None if out is None else Path(out)
-    if folder is not None:
-        make_folder(folder)
     with preserved_random_state():
         training = train_data() if train_data is not None and epochs else None
         settings = Settings(
@@ -119,59 +119,64 @@ def compare(
             fisher=fisher,
             seed=seed,
         )
-    before = _known(folder, settings)
-    if before is None:
-        measured = evaluate(model, eval_data, progress=progress)
-        original, examples = Measured.of(measured), measured.examples
-    else:
-        original, examples = before.original, before.measured_examples
-    rows = {(row.method, row.budget): row for row in (before.rows if before else ())}
-    environment = Environment.here(device_of(model), seed)
-
-    def document() -> Comparison:
-        return Comparison(
-            command=command,
-            settings=settings,
-            original=original,
-            measured_examples=examples,
-            rows=tuple(rows.values()),
-            environment=environment,
-        )
-
-    todo = [(c, f) for f in dict.fromkeys(budgets) for c in competitors if (c.name, f) not in rows]
-    if not todo:
-        return document()
-    extras: set[Extra] = {extra for competitor, _ in todo for extra in needs(competitor.method)}
-    curvature, no_channels = _shared_curvature(
-        model, data, extras, fisher, max_examples, seed, progress
-    )
-    task = Contest(
-        model=model,
-        data=data,
-        eval_data=eval_data,
-        curvature=curvature,
-        no_channels=no_channels,
-        train_data=train_data if epochs else None,
-        config=FinetuneConfig(
-            epochs=max(1, epochs),
-            learning_rate=learning_rate,
-            held_out=0.0,
-            label_share=1.0,
-            seed=seed,
-        ),
-        fisher=fisher,
-        max_examples=max_examples,
-        seed=seed,
-        progress=progress,
-    )
-    for competitor, fraction in todo:
-        row = task.row(competitor, fraction, unit)
-        rows[competitor.name, fraction] = row
+    with ExitStack() as stack:
         if folder is not None:
-            document().save(folder / "comparison.json")
-        if on_row is not None:
-            on_row(row)
-    return document()
+            stack.enter_context(alone_in(folder))
+        before = _known(folder, settings)
+        if before is None:
+            measured = evaluate(model, eval_data, progress=progress)
+            original, examples = Measured.of(measured), measured.examples
+        else:
+            original, examples = before.original, before.measured_examples
+        rows = {(row.method, row.budget): row for row in (before.rows if before else ())}
+        environment = Environment.here(device_of(model), seed)
+
+        def document() -> Comparison:
+            return Comparison(
+                command=command,
+                settings=settings,
+                original=original,
+                measured_examples=examples,
+                rows=tuple(rows.values()),
+                environment=environment,
+            )
+
+        todo = [
+            (c, f) for f in dict.fromkeys(budgets) for c in competitors if (c.name, f) not in rows
+        ]
+        if not todo:
+            return document()
+        extras: set[Extra] = {extra for competitor, _ in todo for extra in needs(competitor.method)}
+        curvature, no_channels = _shared_curvature(
+            model, data, extras, fisher, max_examples, seed, progress
+        )
+        task = Contest(
+            model=model,
+            data=data,
+            eval_data=eval_data,
+            curvature=curvature,
+            no_channels=no_channels,
+            train_data=train_data if epochs else None,
+            config=FinetuneConfig(
+                epochs=max(1, epochs),
+                learning_rate=learning_rate,
+                held_out=0.0,
+                label_share=1.0,
+                seed=seed,
+            ),
+            fisher=fisher,
+            max_examples=max_examples,
+            seed=seed,
+            progress=progress,
+        )
+        for competitor, fraction in todo:
+            row = task.row(competitor, fraction, unit)
+            rows[competitor.name, fraction] = row
+            if folder is not None:
+                document().save(folder / "comparison.json")
+            if on_row is not None:
+                on_row(row)
+        return document()
 
 
 def _fingerprint(tensors: Mapping[str, Any]) -> str:

@@ -26,7 +26,7 @@ from eigendamage.curvature import (
 )
 from eigendamage.distributed import decided
 from eigendamage.errors import ChannelError, EigenDamageError, LossError, MismatchError
-from eigendamage.layers import ON_REQUEST, find_layers
+from eigendamage.layers import ON_REQUEST, find_layers, require_copyable
 from eigendamage.measure import measure_latency_table
 from eigendamage.plan import (
     ACTIONS,
@@ -199,9 +199,10 @@ def prepared(
     Raises:
         DataError: if nothing can be held out.
         EigenDamageError: if an action or the loss is unknown, ``latency_batch`` below 1, or the
-            model was made under ``torch.inference_mode()``.
+            model was made under ``torch.inference_mode()`` or cannot be copied.
     """
     require_gradients_possible(model)
+    require_copyable(model)
     if latency_batch < 1:
         raise EigenDamageError(f"latency_batch is {latency_batch}; it must be at least 1")
     if refine < 0:

@@ -2,7 +2,7 @@
 
 from eigendamage.layers._channel_graph import Carrier, ChannelGraph, ChannelGroup, Counter, Member
 from eigendamage.layers._channels import find_channels
-from eigendamage.layers._copy import copy_model
+from eigendamage.layers._copy import copy_model, require_copyable
 from eigendamage.layers._cost import FORMS, Cost, DenseForm, Form, LayerShape
 from eigendamage.layers._counters import COUNTERS
 from eigendamage.layers._factored import FactoredConv2d, FactoredLinear, balance, balance_factors
@@ -73,6 +73,7 @@ __all__ = [
     "preserved_random_state",
     "recounted_origin",
     "remove_units",
+    "require_copyable",
     "reshaped_origin",
     "saved_tensors",
     "set_origin",

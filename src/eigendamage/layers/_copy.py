@@ -9,6 +9,11 @@ from typing import Any
 from torch import nn
 
 from eigendamage.batches import tensors_in
+from eigendamage.errors import EigenDamageError
+
+_OF_MODULES = ("_parameters", "_buffers", "_modules")
+# What deepcopy raises for locks, files, generators, jitted functions and the like.
+_UNCOPYABLE = (TypeError, AttributeError, NotImplementedError, RuntimeError)
 
 
 def copy_model(model: nn.Module, memo: Mapping[int, Any] | None = None) -> nn.Module:
@@ -20,6 +25,9 @@ def copy_model(model: nn.Module, memo: Mapping[int, Any] | None = None) -> nn.Mo
     Args:
         model: the model.
         memo: for the id of an object what takes its place in the copy.
+
+    Raises:
+        EigenDamageError: if it holds something that cannot be copied.
     """
     computed = {
         id(value): value.detach().clone()
@@ -27,4 +35,44 @@ def copy_model(model: nn.Module, memo: Mapping[int, Any] | None = None) -> nn.Mo
         for value in tensors_in(list(vars(module).values()))
         if not value.is_leaf
     }
-    return copy.deepcopy(model, {**computed, **(memo or {})})
+    try:
+        return copy.deepcopy(model, {**computed, **(memo or {})})
+    except _UNCOPYABLE as error:
+        raise EigenDamageError(
+            f"{type(model).__name__} cannot be copied, and the smaller model is made of a copy: "
+            f"{_culprit(model)}{str(error).splitlines()[0] if str(error) else type(error).__name__}"
+            f". Take it off the model for the call, or give its class a __deepcopy__"
+        ) from error
+
+
+def require_copyable(model: nn.Module) -> None:
+    """Refuse a model that `copy_model` cannot copy, at the cost of no weight.
+
+    Raises:
+        EigenDamageError: naming what cannot be copied.
+    """
+    copy_model(model, _weights(model))
+
+
+def _weights(model: nn.Module) -> dict[int, Any]:
+    """All its tensors in their own place."""
+    every = (
+        *model.parameters(),
+        *model.buffers(),
+        *(t for m in model.modules() for t in tensors_in(list(vars(m).values()))),
+    )
+    return {id(tensor): tensor for tensor in every}
+
+
+def _culprit(model: nn.Module) -> str:
+    """The first attribute that cannot be copied, as the start of a sentence; empty if none."""
+    same = {**_weights(model), **{id(module): module for module in model.modules()}}
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if name in _OF_MODULES:
+                continue
+            try:
+                copy.deepcopy(value, dict(same))
+            except _UNCOPYABLE:
+                return f"its '{'.'.join(filter(None, (path, name)))}': "
+    return ""

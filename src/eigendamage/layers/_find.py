@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import cast
 
 import torch
@@ -203,6 +204,13 @@ def _describe(path: str, names: tuple[str, ...], module: nn.Module) -> Layer:
     return Layer(path, names, module, module.out_channels, module.in_channels, geometry)
 
 
+def _is_ours(hook: object) -> bool:
+    """Whether a hook is one of those that this library puts up for as long as a call takes."""
+    while isinstance(hook, partial):
+        hook = hook.func
+    return str(getattr(hook, "__module__", "")).split(".")[0] == __name__.split(".")[0]
+
+
 def _why_not(
     path: str, module: nn.Module, owners: Mapping[int, list[str]], opaque: Mapping[int, str]
 ) -> str | None:
@@ -227,7 +235,13 @@ def _why_not(
         return f"{kind} overrides the forward of {base.__name__}"
     if parametrize.is_parametrized(module) or "weight" not in own:
         return f"the weight of {kind} is computed from other parameters (parametrized or masked)"
-    if any(getattr(module, kind) for kind in _HOOKS):
+    hooks = [hook for kind in _HOOKS for hook in getattr(module, kind).values()]
+    if any(_is_ours(hook) for hook in hooks):
+        return (
+            "another call of this library is at work on the model, in another thread perhaps: wait "
+            "until it ends, or give each a copy"
+        )
+    if hooks:
         return "it carries hooks, which would be lost with it; remove them to compress it"
     others = [o for o in owners[id(module.weight)] if o != f"{path}.weight"]
     if others:
