@@ -19,8 +19,8 @@ import argparse
 import copy
 import gzip
 import time
-from collections.abc import Callable, Iterator
-from functools import cached_property
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from torch import nn
 
 import eigendamage as ed
 from eigendamage import zoo
+from eigendamage.plan import ACTIONS, ActionKind
 
 EXAMPLES = 2000
 BUDGETS = (0.75, 0.5, 0.35, 0.25)
@@ -101,15 +102,17 @@ class Harness:
         others = competitors(self.model, self.example, self.labelled, self.curvature)
         return {
             "ours, auto": self.auto,
+            "ours, channels alone": partial(self.auto, actions=("channels",)),
             **{f"ours, {method}": self.of_family(method) for method in FAMILY},
             **{name: self.recalibrated(make) for name, make in others.items()},
         }
 
-    def auto(self, budget: float) -> nn.Module:
+    def auto(self, budget: float, actions: Sequence[ActionKind] = ACTIONS) -> nn.Module:
         return ed.compress(
             self.model,
             self.unlabeled,
             budget=ed.Budget(macs=budget),
+            actions=actions,
             eval_data=self.labelled_of_one(),
             seed=self.seed,
             progress=False,

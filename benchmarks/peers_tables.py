@@ -9,6 +9,8 @@ from typing import Any
 Rows = list[Mapping[str, Any]]
 Table = Callable[..., str]
 OURS = "ours, auto"
+CHANNELS = "ours, channels alone"
+"""Of `auto`: what Torch-Pruning may do as well."""
 
 
 def by_network(results: Mapping[str, Any], epochs: int) -> dict[str, Rows]:
@@ -65,7 +67,10 @@ def render(results: Mapping[str, Any], epochs: int, table: Table) -> str:
 
 KINDS: dict[str, Callable[[str], bool]] = {
     "`auto`": lambda method: method == OURS,
-    "the paper's family": lambda method: method.startswith("ours, ") and method != OURS,
+    "`auto`, channels alone": lambda method: method == CHANNELS,
+    "the paper's family": lambda method: (
+        method.startswith("ours, ") and method not in (OURS, CHANNELS)
+    ),
     "Torch-Pruning": lambda method: method.startswith("Torch-Pruning"),
     "SVD and Tucker-2": lambda method: "SVD" in method or method == "Tucker-2",
 }
@@ -234,6 +239,7 @@ def panels(left: Any, right: Any, drawn: Mapping[str, list[float]]) -> None:
 
 _STYLES: dict[str, dict[str, Any]] = {
     OURS: {"color": "#2b8a4f"},
+    CHANNELS: {"color": "#2b8a4f", "linestyle": (0, (3, 1, 1, 1))},
     "ours, kron-obs": {"color": "#2b8a4f", "linestyle": (0, (4, 2))},
     "ours, eigendamage": {"color": "#2b8a4f", "linestyle": (0, (1, 1))},
     "Torch-Pruning GroupTaylor, global": {"color": "#b5403a"},

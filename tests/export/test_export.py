@@ -279,6 +279,22 @@ def test_a_fixed_batch(tmp_path: Path) -> None:
     assert "batches of 4 only" in str(written)
 
 
+def test_widths_that_may_cost_time_are_told_of_onnx_alone(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime", reason="needs the extra export")
+    odd = nn.Sequential(nn.Conv2d(3, 12, 3), nn.ReLU(), nn.Conv2d(12, 16, 1), nn.Flatten())
+    even = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 1), nn.Flatten())
+    x = torch.randn(2, 3, 5, 5)
+    written = _export(odd, tmp_path / "odd.onnx", x)
+    assert (written.odd_widths, written.convolutions) == (1, 2)
+    assert "1 of 2 convolutions put out a number of channels that is no multiple of 8" in str(
+        written
+    )
+    written = _export(even, tmp_path / "even.onnx", x)
+    assert (written.odd_widths, written.convolutions) == (0, 2)
+    assert "multiple" not in str(written)
+    assert "multiple" not in str(_export(odd, tmp_path / "plain", x, format="plain"))
+
+
 # --- what goes in and comes out
 
 

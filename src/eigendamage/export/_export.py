@@ -28,6 +28,7 @@ from eigendamage.files import refuse_special
 from eigendamage.layers import copy_model, preserved_random_state
 
 Format = Literal["onnx", "torch.export", "plain"]
+_BLOCK = 8  # channels that processors and their libraries take together
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ class Export:
         max_difference: the largest absolute difference from the model, over all outputs and sizes.
         compared: the batch sizes at which it was compared.
         bytes: size of all that was written.
+        convolutions: the model's.
+        odd_widths: those of them whose number of output channels is no multiple of 8.
     """
 
     path: Path
@@ -57,16 +60,28 @@ class Export:
     max_difference: float
     compared: tuple[int, ...]
     bytes: int
+    convolutions: int
+    odd_widths: int
 
     def __str__(self) -> str:
-        """One line for people."""
+        """One line for people, and what may cost them time."""
         kind = self.format if self.opset is None else f"ONNX, opset {self.opset}"
         batch = "any batch size" if self.batch is None else f"batches of {self.batch} only"
         sizes = ", ".join(map(str, self.compared))
         return (
             f"{self.path}: {kind}, {batch}, {self.bytes:,} bytes, {self.folded} of "
             f"{self.batch_norms} batch norms folded; largest difference "
-            f"{self.max_difference:.2g} at batches of {sizes}"
+            f"{self.max_difference:.2g} at batches of {sizes}{self._odd}"
+        )
+
+    @property
+    def _odd(self) -> str:
+        if self.format != "onnx" or not self.odd_widths:
+            return ""
+        return (
+            f"\n{self.odd_widths} of {self.convolutions} convolutions put out a number of channels "
+            f"that is no multiple of 8, which onnxruntime may run slower than more channels: where "
+            f"time counts, compress with multiple=8, and measure"
         )
 
 
@@ -133,6 +148,7 @@ def export(
             run = _write(program, staged, format, outputs, opset)
             difference = largest_difference(run, batch, expected, tolerance)
             size = sum(f.stat().st_size for f in staged.parent.rglob("*") if f.is_file())
+    widths = [m.out_channels for m in model.modules() if isinstance(m, nn.Conv2d)]
     result = Export(
         path=final,
         format=format,
@@ -144,6 +160,8 @@ def export(
         max_difference=difference,
         compared=sizes,
         bytes=size,
+        convolutions=len(widths),
+        odd_widths=sum(width % _BLOCK != 0 for width in widths),
     )
     if progress:
         print(result, file=sys.stderr)
