@@ -170,12 +170,19 @@ def test_ranks_to_measure_are_multiples_up_to_the_whole_side(size: int, multiple
 # How calls are timed.
 
 
-def test_calls_take_turns_in_alternating_order() -> None:
+def test_calls_take_turns_in_another_order_in_every_round() -> None:
     order: list[str] = []
-    calls: list[Callable[[], object]] = [lambda n=name: order.append(n) for name in "abc"]
-    times = time_together(calls, device=CPU, rounds=3, min_seconds=0.0)
-    assert "".join(order) == "abcabcabccbaabc"
-    assert len(times) == 3
+    calls: list[Callable[[], object]] = [lambda n=name: order.append(n) for name in "abcdef"]
+    before = np.random.get_state()[1].tolist()
+    times = time_together(calls, device=CPU, rounds=20, min_seconds=0.0)
+    assert np.random.get_state()[1].tolist() == before
+    assert "".join(order[:12]) == "abcdefabcdef"  # untimed
+    rounds = ["".join(order[start : start + 6]) for start in range(12, len(order), 6)]
+    assert len(rounds) == 20
+    assert all(sorted(each) == list("abcdef") for each in rounds)
+    assert len(set(rounds)) > 10
+    assert len({each[0] for each in rounds}) > 3
+    assert len(times) == 6
 
 
 def test_a_short_call_is_repeated_within_a_sample() -> None:

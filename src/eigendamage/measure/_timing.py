@@ -116,9 +116,10 @@ def samples_of(
             affordable = max(_FEWEST_ROUNDS, max_seconds / max(a_round, 1e-9))
             rounds = int(min(rounds, affordable))
             samples = np.empty((rounds, len(calls)))
+            # No two calls always follow one another, and nothing periodic falls on one of them.
+            draws = np.random.default_rng(0)
             for number in range(rounds):
-                order = range(len(calls))
-                for index in order if number % 2 == 0 else reversed(order):
+                for index in draws.permutation(len(calls)):
                     seconds = _seconds(calls[index], repeats[index], device)
                     samples[number, index] = 1e3 * seconds / repeats[index]
     finally:
