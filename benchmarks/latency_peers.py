@@ -30,7 +30,7 @@ import numpy as np
 import onnxruntime
 import torch
 from competitors import competitors
-from recording import add_row
+from recording import add_row, known_rows, record
 from torch import Tensor, nn
 
 import eigendamage as ed
@@ -175,6 +175,9 @@ def main() -> None:
                 for number, name in enumerate(models):
                     times[name][f"{way}, {batch}"] = float(middle[number])
                     spreads[name][f"{way}, {batch}"] = float(high[number] - low[number])
+    head = {"command": COMMAND, "rounds": ROUNDS, "examples": EXAMPLES}
+    others = [row for row in known_rows(given.out) if row["network"] != given.network]
+    record(given.out, {**head, "rows": others})  # rows of two runs did not take turns
     for name, small in made.items():
         row: dict[str, Any] = {"network": given.network, "seed": 0, "candidate": name}
         if isinstance(small, str):
@@ -185,7 +188,6 @@ def main() -> None:
             row["milliseconds"] = times[name]
             row["interquartile_milliseconds"] = spreads[name]
         print(row, flush=True)
-        head = {"command": COMMAND, "rounds": ROUNDS, "examples": EXAMPLES}
         add_row(given.out, head, row, ("network", "seed", "candidate"))
 
 

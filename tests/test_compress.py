@@ -223,9 +223,22 @@ def test_a_model_that_cannot_be_copied_is_refused_before_the_data_is_read() -> N
     assert small.report.macs[1] <= 0.8 * small.report.macs[0]
 
 
-def test_a_model_without_values_is_refused() -> None:
-    with torch.device("meta"):
-        model = _network()
+def test_no_memory_for_a_copy_is_no_fault_of_the_model() -> None:
+    class Large:
+        def __deepcopy__(self, _memo: object) -> object:
+            raise torch.OutOfMemoryError("no memory")
+
+    model = _network()
+    model.large = Large()
+    with pytest.raises(torch.OutOfMemoryError, match="no memory"):
+        ed.compress(model, [_data()[0]], budget=ed.Budget(macs=0.8), progress=False)
+
+
+@pytest.mark.parametrize("part", ["0", "7"])
+def test_a_model_without_values_is_refused(part: str) -> None:
+    """Also if it is only one of its layers."""
+    model = _network()
+    model[int(part)] = model[int(part)].to("meta")
     data = [_data()[0]]
     calls: tuple[Callable[[], object], ...] = (
         lambda: ed.compress(model, data, budget=ed.Budget(macs=0.5), progress=False),
@@ -234,7 +247,7 @@ def test_a_model_without_values_is_refused() -> None:
         lambda: ed.count(model, data),
     )
     for call in calls:
-        with pytest.raises(ed.EigenDamageError, match=r"'0\.weight' is on the meta device"):
+        with pytest.raises(ed.EigenDamageError, match=rf"'{part}\.weight' is on the meta device"):
             call()
 
 

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 import eigendamage as ed
 from eigendamage.compress import _prepare, _search
-from eigendamage.layers import FORMS, Layer, LayerShape, find_layers
+from eigendamage.layers import (
+    FORMS,
+    FactoredConv2d,
+    FactoredLinear,
+    Layer,
+    LayerShape,
+    find_layers,
+)
 from eigendamage.measure import Latency
 from eigendamage.plan import LatencyTable
 from eigendamage.plan._latency import (
@@ -277,7 +286,43 @@ def test_a_latency_below_the_fastest_that_can_be_planned_names_what_that_takes(
     timed = _device(monkeypatch, curvature, overhead=1e3, told=1e3)
     with pytest.raises(ed.BudgetError, match=r"the fastest model that was built takes 0\.98\d of"):
         _compress(ed.Budget(latency=0.5), curvature=curvature, multiple=1, actions=MEASURED)
-    assert len(timed) == 1
+    assert len(timed) == 2  # the fastest of all kinds, and of channels alone
+
+
+def test_channels_alone_are_built_where_calls_of_low_rank_layers_cost_too_much(
+    monkeypatch: pytest.MonkeyPatch, curvature: ed.Curvature
+) -> None:
+    _device(monkeypatch, curvature, overhead=0.0, told=0.0)
+    steady = _search.latency
+
+    def each_call_costs(models: list[nn.Module], data: object, **options: int) -> list[Latency]:
+        factored = [
+            sum(isinstance(m, FactoredConv2d | FactoredLinear) for m in model.modules())
+            for model in models
+        ]
+        times = steady(models, data, **options)
+        return [
+            Latency(time.median * (1 + n), 0.0) for time, n in zip(times, factored, strict=True)
+        ]
+
+    monkeypatch.setattr(_search, "latency", each_call_costs)
+    result = _compress(ed.Budget(latency=0.6), curvature=curvature, multiple=1, actions=MEASURED)
+    assert result.report.latency <= 0.6
+    changed = [layer.action.kind for layer in result.plan.layers.values() if layer.changes]
+    assert changed
+    assert set(changed) == {"channels"}
+
+
+def test_a_refusal_says_the_least_that_was_measured(
+    monkeypatch: pytest.MonkeyPatch, curvature: ed.Curvature
+) -> None:
+    """Also where the table knows of nothing that stands in the way."""
+    _device(monkeypatch, curvature, overhead=60.0, told=0.0)
+    with pytest.raises(ed.BudgetError) as refused:
+        _compress(ed.Budget(latency=0.6), curvature=curvature, multiple=1, actions=MEASURED)
+    assert copy.copy(refused.value).least == refused.value.least
+    whole = PER_MAC * ed.count(_model(), _batches()[0]).macs
+    assert 60 / (whole + 60) < refused.value.least["latency"] < 1.15 * 60 / (whole + 60)
 
 
 def test_a_size_below_all_that_can_be_planned_is_refused_before_anything_is_timed(

@@ -186,14 +186,15 @@ def device_of(model: nn.Module) -> torch.device:
     """The device of the model's first parameter or buffer, the CPU if it has none.
 
     Raises:
-        EigenDamageError: if that is the meta device, on which nothing has a value.
+        EigenDamageError: if any of them is on the meta device, where nothing has a value.
     """
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+    every = (*model.named_parameters(), *model.named_buffers())
+    for name, tensor in every:
         if tensor.is_meta:
             raise EigenDamageError(
                 f"the model's '{name}' is on the meta device, where tensors have no values: load "
-                f"its weights onto a device first, with model.to_empty(device=…) and "
-                f"load_state_dict"
+                f"the model with all of its weights on a device first"
             )
+    for _, tensor in every:
         return tensor.device
     return torch.device("cpu")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -73,14 +74,45 @@ def _within_latency(
 ) -> tuple[Source, Plan, float]:
     """The plan whose model, measured whole, is within a latency, and the fraction that it takes.
 
-    The table's times of layers do not add up to those of a model to the last few percent, so models
-    are built by it (without a repair, which changes no time) and measured whole beside the one
-    that they are made of, and the budget is corrected until the result is within it and not far
-    below. Where by the table no plan is fast enough, what it says is the fastest is built first:
-    what it counts as time between the layers gets shorter too where they get narrower.
+    Where no model of all kinds of changes is fast enough, one of channels alone may be: a low-rank
+    layer is several calls, and what that costs between layers is in no table of layers.
 
     Raises:
         BudgetError: if no model that was built is fast enough.
+    """
+    best, fastest = _trials(source, budget, settings, timing)
+    actions = settings.planning.actions
+    if best is None and "channels" in actions and len(actions) > 1:
+        alone = replace(settings, planning=replace(settings.planning, actions=("channels",)))
+        with suppress(BudgetError, NothingToCompressError):
+            best, other = _trials(source, budget, alone, timing)
+            fastest = min(fastest, other)
+    if best is None:
+        raise BudgetError(
+            f"a budget of {budget} cannot be met: the fastest model that was built takes "
+            f"{fastest:.3f} of the original's latency at batch {timing.batch}. Fewer MACs "
+            f"are not always less time, in narrow layers least of all; give a larger budget, or "
+            f"one of MACs",
+            {"latency": fastest},
+        )
+    # The best of several noisy trials looks faster than it is: it is timed once more.
+    source, plan, _ = best
+    return source, plan, _fraction(source, plan, settings, timing, 2 * _LATENCY_ROUNDS)
+
+
+def _trials(
+    source: Source, budget: Budget, settings: Settings, timing: Timing
+) -> tuple[tuple[Source, Plan, float] | None, float]:
+    """The slowest model within a latency with its fraction, if any; the fastest that was built.
+
+    The table's times of layers do not add up to those of a model to the last few percent, so models
+    are built by it (without a repair, which changes no time) and measured whole beside the one
+    that they are made of, and the budget is corrected until the result is within it and not far
+    below. Where by the table no plan is fast enough, what it says is the fastest is built: what it
+    counts as time between the layers gets shorter too where they get narrower.
+
+    Raises:
+        BudgetError: if there is no plan to build, as another limit of the budget cannot be met.
     """
     assert budget.latency is not None
     goal, asked = budget.latency, budget.latency
@@ -91,50 +123,44 @@ def _within_latency(
     for _ in range(_LATENCY_TRIALS):
         trial = _with_latency(budget, asked)
         try:
-            source, plan = planned(source, trial, settings)
+            found, plan = planned(source, trial, settings)
         except BudgetError as error:
             refused = refused or error
             lowest = asked
-            if math.isinf(fastest):
-                nearest = _nearest(error, trial)
-                if nearest is None:
-                    raise refused from None
+            nearest = _nearest(error, trial) if best is None else None
+            if nearest is not None and nearest < highest:
                 asked = lowest = nearest
+            elif math.isinf(fastest):
+                raise refused from None
             else:
                 asked = (asked + highest) / 2
             continue
-        with settings.clock.stage("latency"):
-            cut = apply_plan(source.model, plan, source.curvature)
-            times = _times([source.model, cut], timing, _LATENCY_ROUNDS)
-        found = times[1].median / times[0].median
-        fastest = min(fastest, found)
-        if found <= goal:
-            if best is None or found > best[2]:
-                best = source, plan, found
+        source = found
+        fraction = _fraction(source, plan, settings, timing, _LATENCY_ROUNDS)
+        fastest = min(fastest, fraction)
+        if fraction <= goal:
+            if best is None or fraction > best[2]:
+                best = source, plan, fraction
             lowest = max(lowest, asked)
-            if found >= _LATENCY_BELOW * goal:
+            if fraction >= _LATENCY_BELOW * goal:
                 break
         else:
             highest = min(highest, asked)
         # Exact where time is a fixed part and one in proportion to what was asked for.
         middle = 0.5 * (1 + _LATENCY_BELOW) * goal
-        wanted = asked - (found - middle) * (1 - asked) / max(1 - found, 1e-9)
+        wanted = asked - (fraction - middle) * (1 - asked) / max(1 - fraction, 1e-9)
         asked = wanted if lowest < wanted < highest else (lowest + highest) / 2
         if highest - lowest < _LATENCY_CLOSE:
             break
-    if best is not None:
-        # The best of several noisy trials looks faster than it is: it is timed once more.
-        with settings.clock.stage("latency"):
-            cut = apply_plan(source.model, best[1], source.curvature)
-            again = _times([source.model, cut], timing, 2 * _LATENCY_ROUNDS)
-        best = (*best[:2], again[1].median / again[0].median)
-    if best is None:
-        raise BudgetError(
-            f"a budget of {budget} cannot be met: the fastest model that was built takes "
-            f"{fastest:.3f} of the original's latency at batch {timing.batch}. Narrow layers do "
-            f"not get faster with their MACs; give a larger budget, or one of MACs"
-        )
-    return best
+    return best, fastest
+
+
+def _fraction(source: Source, plan: Plan, settings: Settings, timing: Timing, rounds: int) -> float:
+    """The measured time of what a plan makes of a model, as a fraction of that model's."""
+    with settings.clock.stage("latency"):
+        cut = apply_plan(source.model, plan, source.curvature)
+        before, after = _times([source.model, cut], timing, rounds)
+    return after.median / before.median
 
 
 def _nearest(error: BudgetError, budget: Budget) -> float | None:

@@ -116,7 +116,7 @@ def export(
         dynamic_batch: whether any batch size is taken; otherwise that of the example.
         tolerance: the largest difference that is allowed, absolute for outputs up to 1 and relative
             to the output's largest value beyond.
-        progress: whether the result is printed, as one line.
+        progress: whether the result is printed.
 
     Raises:
         ExportError: if there is no such format, if the model cannot be traced or written, if a

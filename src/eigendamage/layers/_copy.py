@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from eigendamage.batches import tensors_in
@@ -13,7 +15,14 @@ from eigendamage.errors import EigenDamageError
 
 _OF_MODULES = ("_parameters", "_buffers", "_modules")
 # What deepcopy raises for locks, files, generators, jitted functions and the like.
-_UNCOPYABLE = (TypeError, AttributeError, NotImplementedError, RuntimeError)
+_UNCOPYABLE = (
+    TypeError,
+    ValueError,
+    AttributeError,
+    RuntimeError,
+    copy.Error,
+    pickle.PicklingError,
+)
 
 
 def copy_model(model: nn.Module, memo: Mapping[int, Any] | None = None) -> nn.Module:
@@ -37,11 +46,14 @@ def copy_model(model: nn.Module, memo: Mapping[int, Any] | None = None) -> nn.Mo
     }
     try:
         return copy.deepcopy(model, {**computed, **(memo or {})})
+    except torch.OutOfMemoryError:
+        raise
     except _UNCOPYABLE as error:
+        said = (str(error).splitlines() or [type(error).__name__])[0]
         raise EigenDamageError(
             f"{type(model).__name__} cannot be copied, and the smaller model is made of a copy: "
-            f"{_culprit(model)}{str(error).splitlines()[0] if str(error) else type(error).__name__}"
-            f". Take it off the model for the call, or give its class a __deepcopy__"
+            f"{_culprit(model)}{said}. Take what cannot be copied off the model for the call, or "
+            f"give its class a __deepcopy__"
         ) from error
 
 

@@ -48,8 +48,9 @@ def time_together(
 ) -> list[float]:
     """Median milliseconds of each call, all of them timed under the same conditions.
 
-    They take turns, in the opposite order every other round, so that a clock that slows down or a
-    neighbour that wakes up meets all of them alike. Without gradients and garbage collection.
+    They take turns, in an order drawn anew every other round and in its reverse in between, so
+    that a clock that slows down or a neighbour that wakes up meets all of them alike. Without
+    gradients and garbage collection.
 
     Args:
         calls: what to time; each runs twice beforehand.
@@ -116,10 +117,12 @@ def samples_of(
             affordable = max(_FEWEST_ROUNDS, max_seconds / max(a_round, 1e-9))
             rounds = int(min(rounds, affordable))
             samples = np.empty((rounds, len(calls)))
-            # No two calls always follow one another, and nothing periodic falls on one of them.
+            # An order and its reverse, then others: nothing periodic falls on one of the calls.
             draws = np.random.default_rng(0)
+            order = np.arange(len(calls))
             for number in range(rounds):
-                for index in draws.permutation(len(calls)):
+                order = draws.permutation(order) if number % 2 == 0 else order[::-1]
+                for index in order:
                     seconds = _seconds(calls[index], repeats[index], device)
                     samples[number, index] = 1e3 * seconds / repeats[index]
     finally:
