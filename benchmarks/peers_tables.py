@@ -140,13 +140,13 @@ def _left(rows: Rows, method: str, budget: float) -> str:
 
 
 def _ahead(found: Mapping[tuple[str, float], Sequence[float]], budgets: Iterable[float]) -> str:
-    """How far `auto` is from the best of the others, method by method of the budgets."""
+    """How far `auto`, of whatever actions, is from the best of the others, by budget."""
     said: list[str] = []
     for budget in budgets:
         others = {
             method: statistics.mean(values)
             for (method, at), values in found.items()
-            if at == budget and method != OURS
+            if at == budget and method not in (OURS, CHANNELS)
         }
         if not others or (OURS, budget) not in found:
             continue
