@@ -282,6 +282,8 @@ def test_a_fixed_batch(tmp_path: Path) -> None:
 def test_widths_that_may_cost_time_are_told_of_onnx_alone(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime", reason="needs the extra export")
     odd = nn.Sequential(nn.Conv2d(3, 12, 3), nn.ReLU(), nn.Conv2d(12, 16, 1), nn.Flatten())
+    odd.never_read = nn.Identity()
+    odd.never_read.layer = nn.Conv2d(3, 5, 1)
     even = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 1), nn.Flatten())
     x = torch.randn(2, 3, 5, 5)
     written = _export(odd, tmp_path / "odd.onnx", x)
@@ -293,6 +295,10 @@ def test_widths_that_may_cost_time_are_told_of_onnx_alone(tmp_path: Path) -> Non
     assert (written.odd_widths, written.convolutions) == (0, 2)
     assert "multiple" not in str(written)
     assert "multiple" not in str(_export(odd, tmp_path / "plain", x, format="plain"))
+    # Its outputs are the model's, which no compression changes.
+    last = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 21, 1))
+    written = _export(last, tmp_path / "last.onnx", x)
+    assert (written.odd_widths, written.convolutions) == (0, 1)
 
 
 # --- what goes in and comes out

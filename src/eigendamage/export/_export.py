@@ -21,7 +21,7 @@ from eigendamage.export._compare import Run, largest_difference, references
 from eigendamage.export._fold import batchnorms, fold_batchnorm
 from eigendamage.export._onnx import require_onnx, run_onnx, write_onnx
 from eigendamage.export._plain import unmasked
-from eigendamage.export._program import traced
+from eigendamage.export._program import traced, widths
 from eigendamage.export._pt2 import require_pt2, run_pt2, write_pt2
 from eigendamage.export._source import run_source, write_source
 from eigendamage.files import refuse_special
@@ -46,8 +46,8 @@ class Export:
         max_difference: the largest absolute difference from the model, over all outputs and sizes.
         compared: the batch sizes at which it was compared.
         bytes: size of all that was written.
-        convolutions: the model's.
-        odd_widths: those of them whose number of output channels is no multiple of 8.
+        convolutions: those that run and whose output is not the model's.
+        odd_widths: those of them that put out a number of channels that is no multiple of 8.
     """
 
     path: Path
@@ -142,13 +142,13 @@ def export(
         batch = batch.on(torch.device("cpu"))
         program = traced(unmasked(model).cpu(), batch, dynamic_batch=dynamic_batch)
         norms = len(batchnorms(program))
+        channels = widths(program)
         folded = fold_batchnorm(program) if fold else 0
         outputs = tuple(expected[sizes[0]])
         with _staged(final, is_folder=format == "plain") as staged:
             run = _write(program, staged, format, outputs, opset)
             difference = largest_difference(run, batch, expected, tolerance)
             size = sum(f.stat().st_size for f in staged.parent.rglob("*") if f.is_file())
-    widths = [m.out_channels for m in model.modules() if isinstance(m, nn.Conv2d)]
     result = Export(
         path=final,
         format=format,
@@ -160,8 +160,8 @@ def export(
         max_difference=difference,
         compared=sizes,
         bytes=size,
-        convolutions=len(widths),
-        odd_widths=sum(width % _BLOCK != 0 for width in widths),
+        convolutions=len(channels),
+        odd_widths=sum(count % _BLOCK != 0 for count in channels),
     )
     if progress:
         print(result, file=sys.stderr)

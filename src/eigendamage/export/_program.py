@@ -14,6 +14,9 @@ from eigendamage.export._quiet import quiet
 from eigendamage.export._values import has_batch_axis, plain_output, with_size
 from eigendamage.layers import evaluating
 
+_aten = torch.ops.aten
+_CONVOLUTIONS = (_aten.conv2d.default, _aten.conv2d.padding, _aten.conv_transpose2d.input)
+
 
 def traced(model: nn.Module, batch: Batch, *, dynamic_batch: bool) -> ExportedProgram:
     """The graph of a model in eval mode; its outputs are plain tuples and dicts of tensors.
@@ -84,3 +87,12 @@ def _cannot_trace(error: Exception, dynamic_batch: bool) -> str:
         f"torch.export cannot trace the model: {lines[0]}. {advice}torch's whole message is the "
         f"cause of this error"
     )
+
+
+def widths(program: ExportedProgram) -> list[int]:
+    """Channels that each convolution puts out for others to read, not as an output of the model."""
+    return [
+        node.meta["val"].shape[1]
+        for node in program.graph.nodes
+        if node.target in _CONVOLUTIONS and any(user.op != "output" for user in node.users)
+    ]
