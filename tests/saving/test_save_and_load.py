@@ -293,7 +293,7 @@ EDITS: dict[str, tuple[Edit, str]] = {
     ),
     "an attribute that is no count": (
         lambda s: s["modules"].update({"7": {"counts": {"out_features": [4, 3]}}}),
-        "'out_features' of '7' is said to count heads, which is known of num_heads, ",
+        "'out_features' of '7' is said to follow what goes, which is known of num_heads, ",
     ),
     "a count that is not there": (
         lambda s: s["modules"].update({"2": {"counts": {"num_heads": [0, 1]}}}),

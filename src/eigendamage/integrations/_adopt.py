@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from eigendamage.compress import Compressed
 from eigendamage.errors import EigenDamageError
-from eigendamage.layers import FactoredConv2d, FactoredLinear, origin_of, set_origin
+from eigendamage.layers import FactoredConv2d, FactoredLinear, origin_of, set_following, set_origin
 from eigendamage.plan import Mask
 from eigendamage.surgery import made_by, set_made
 
@@ -52,7 +52,7 @@ def adopt(model: nn.Module, result: Compressed, optimizers: Iterable[Optimizer])
     _take(model, result.model)
     for plan in (*result.earlier, result.plan):
         for counter in plan.counters:
-            setattr(model.get_submodule(counter.module), counter.attribute, counter.after)
+            set_following(model.get_submodule(counter.module), counter.attribute, counter.after)
     if (made := made_by(result.model)) is not None:
         set_made(model, made)
     after = dict(model.named_parameters())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from eigendamage.layers._channel_graph import ChannelGroup, Counter, innermost
+from eigendamage.layers._fused import SWITCHES
 
 COUNTERS = (
     # Heads: timm, GPT-2, OPT and CLIP; GPT-NeoX and BERT; ViTs by hand; DistilBERT and T5.
@@ -12,6 +13,7 @@ COUNTERS = (
     # Their channels: GPT-2 and CodeGen; timm; BERT before transformers 5; T5 and diffusers.
     *("split_size", "attn_dim", "all_head_size", "inner_dim"),
 )
+FOLLOWING = (*COUNTERS, *SWITCHES)
 """Names of the attributes that are ever set; a file that names others is refused."""
 
 

@@ -18,14 +18,13 @@ from torch.nn.utils import parametrize
 from eigendamage.errors import EigenDamageError, LayerError
 from eigendamage.layers._cost import Cost, LayerShape
 from eigendamage.layers._factored import FactoredConv2d, FactoredLinear
+from eigendamage.layers._fused import FusedCall, fused_calls
 from eigendamage.layers._geometry import ConvGeometry
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 ON_REQUEST = "left alone on request"
 # Forwards that compute what nn.Linear's does: timm's differs from it in TorchScript alone.
 _AS_LINEAR = ("timm.layers.linear.Linear.forward",)
-# Their forward may read the weights of these children directly instead of calling them.
-_READS_CHILDREN = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +38,7 @@ class Layer:
         outputs: o.
         inputs: i.
         geometry: how a convolution reads its input; None for Linear.
+        fused: what allows modules around it to read its weight directly.
     """
 
     name: str
@@ -47,6 +47,7 @@ class Layer:
     outputs: int
     inputs: int
     geometry: ConvGeometry | None
+    fused: tuple[FusedCall, ...] = ()
 
     @property
     def offsets(self) -> int:
@@ -158,6 +159,7 @@ def find_layers(model: nn.Module, *, ignore: Iterable[str] = ()) -> Layers:
         paths[id(module)].append(path)
     owners = _weight_owners(model)
     opaque = _children_read_directly(model)
+    fused = fused_calls(model)
 
     compressible: dict[str, Layer] = {}
     left_alone: dict[str, str] = {}
@@ -180,7 +182,7 @@ def find_layers(model: nn.Module, *, ignore: Iterable[str] = ()) -> Layers:
         if reason is not None:
             left_alone[path] = reason
         else:
-            compressible[path] = _describe(path, names, module)
+            compressible[path] = _describe(path, names, module, fused.get(id(module), ()))
     unmatched = [p for p in patterns if p not in matched]
     if unmatched:
         known = ", ".join([*compressible, *left_alone][:8])
@@ -195,9 +197,11 @@ def _has_parameters(module: nn.Module) -> bool:
     return own or parametrize.is_parametrized(module)
 
 
-def _describe(path: str, names: tuple[str, ...], module: nn.Module) -> Layer:
+def _describe(
+    path: str, names: tuple[str, ...], module: nn.Module, fused: tuple[FusedCall, ...]
+) -> Layer:
     if isinstance(module, nn.Linear | FactoredLinear):
-        return Layer(path, names, module, module.out_features, module.in_features, None)
+        return Layer(path, names, module, module.out_features, module.in_features, None, fused)
     assert isinstance(module, nn.Conv2d | FactoredConv2d)
     core = module.core if isinstance(module, FactoredConv2d) else module
     geometry = ConvGeometry.of(core)
@@ -276,6 +280,6 @@ def _children_read_directly(model: nn.Module) -> dict[int, str]:
     return {
         id(child): type(parent).__name__
         for parent in model.modules()
-        if isinstance(parent, _READS_CHILDREN)
+        if isinstance(parent, nn.MultiheadAttention)
         for child in parent.children()
     }

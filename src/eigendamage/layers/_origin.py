@@ -27,7 +27,8 @@ class Origin(Frozen):
         channels: how many outputs and inputs it had; None with ``tensors``.
         outputs: which of the original's outputs are left, in order; None for all.
         inputs: which of the original's inputs are left, in order; None for all.
-        counts: attributes that count heads or their channels, with the original's values.
+        counts: attributes that count heads or their channels, or allow a fused call, with the
+            original's values.
     """
 
     tensors: Mapping[str, Shape] | None = None
@@ -73,7 +74,7 @@ def reshaped_origin(
 
 
 def recounted_origin(before: nn.Module, attribute: str, value: int) -> Origin:
-    """What to note on a module of which an attribute that counts was ``value`` before."""
+    """What to note on a module of which an attribute that follows was ``value`` before."""
     known = origin_of(before) or Origin()
     return known.model_copy(update={"counts": {attribute: value, **known.counts}})
 

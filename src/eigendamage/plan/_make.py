@@ -36,7 +36,7 @@ from eigendamage.plan._methods import (
     method_named,
     variant_of,
 )
-from eigendamage.plan._plan import Keep, LayerPlan, Plan
+from eigendamage.plan._plan import CounterPlan, EigenBlock, Keep, LayerPlan, LowRank, Plan
 from eigendamage.plan._task import Result, Task
 from eigendamage.plan._weights import plan_weights
 from eigendamage.seeds import check_seed
@@ -227,13 +227,27 @@ def _plan(task: Task, method: str, variant: str | None, result: Result) -> Plan:
         ratio=result.ratio,
         layers=planned,
         carriers=result.carriers,
-        counters=result.counters,
+        counters=(*result.counters, *_fused_no_more(task, planned)),
         left_alone={**task.curvature.left_alone, **result.left_alone},
         macs=(task.total.macs, result.left.macs),
         parameters=(task.total.parameters, result.left.parameters),
         bytes=(task.total.bytes, result.left.bytes),
         gap=result.gap,
         notes=result.notes if result.changes else (nothing,),
+    )
+
+
+def _fused_no_more(task: Task, planned: Mapping[str, LayerPlan]) -> Iterable[CounterPlan]:
+    """What keeps the modules around factored layers from reading their weights directly."""
+    calls = dict.fromkeys(
+        call
+        for name, layer in planned.items()
+        if isinstance(layer.action, EigenBlock | LowRank)
+        for call in task.layers[name].fused
+    )
+    return (
+        CounterPlan(module=call.holder, attribute=call.attribute, before=call.value, after=0)
+        for call in calls
     )
 
 

@@ -90,7 +90,7 @@ def _form(path: str, module: nn.Module, origin: Origin) -> ModuleForm:
         dropped_inputs=_dropped(origin.inputs, inputs),
         added_bias=stages is None and "weight" in tensors and "bias" not in tensors and biased,
         masked=is_masked(module) and "weight" in tensors,
-        counts={name: (value, getattr(module, name)) for name, value in origin.counts.items()},
+        counts={name: (value, int(getattr(module, name))) for name, value in origin.counts.items()},
     )
 
 

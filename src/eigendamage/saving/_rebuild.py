@@ -11,7 +11,7 @@ from torch.nn.utils import prune
 
 from eigendamage.errors import EigenDamageError, FileFormatError, MismatchError
 from eigendamage.layers import (
-    COUNTERS,
+    FOLLOWING,
     ConvGeometry,
     FactoredConv2d,
     FactoredLinear,
@@ -19,6 +19,7 @@ from eigendamage.layers import (
     recounted_origin,
     reshaped_origin,
     saved_tensors,
+    set_following,
     set_origin,
     sides,
     slice_channels,
@@ -99,13 +100,13 @@ def _nowhere(tensor: Tensor) -> Tensor:
 
 def _check(path: str, module: nn.Module, form: ModuleForm) -> None:
     for attribute, (before, _) in form.counts.items():
-        if attribute not in COUNTERS:
+        if attribute not in FOLLOWING:
             raise FileFormatError(
-                f"'{attribute}' of '{path}' is said to count heads, which is known of "
-                f"{', '.join(COUNTERS)} alone"
+                f"'{attribute}' of '{path}' is said to follow what goes, which is known of "
+                f"{', '.join(FOLLOWING)} alone"
             )
         now = vars(module).get(attribute)
-        if type(now) is not int or now != before:
+        if not isinstance(now, int) or now != before:
             raise MismatchError(
                 f"'{attribute}' of '{path}' is {now!r}, the saved model's original had {before}"
             )
@@ -208,7 +209,7 @@ def _change(path: str, module: nn.Module, old: nn.Module, form: ModuleForm) -> N
     for attribute, (before, after) in form.counts.items():
         counted = recounted_origin(module, attribute, before)
         set_origin(module, counted)
-        setattr(module, attribute, after)
+        set_following(module, attribute, after)
 
 
 def _kept(path: str, side: str, dropped: Shape, count: int) -> list[int] | None:

@@ -90,7 +90,8 @@ class ModuleForm(_Strict):
         dropped_inputs: those of the original's inputs that are gone, ascending.
         added_bias: whether it had no bias and now has one.
         masked: whether its weight has a mask of ``torch.nn.utils.prune``.
-        counts: attributes that count heads or their channels, before and after.
+        counts: attributes that count heads or their channels, or allow a fused call, before and
+            after.
     """
 
     stages: Stages | None = None

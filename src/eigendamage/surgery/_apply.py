@@ -9,13 +9,14 @@ from torch import nn
 from eigendamage.curvature import Curvature
 from eigendamage.errors import EigenDamageError, MismatchError
 from eigendamage.layers import (
-    COUNTERS,
+    FOLLOWING,
     Layer,
     Origin,
     copy_model,
     find_layers,
     recounted_origin,
     reshaped_origin,
+    set_following,
     set_origin,
     sides,
     slice_channels,
@@ -86,7 +87,7 @@ def apply_plan(model: nn.Module, plan: Plan, curvature: Curvature) -> nn.Module:
     for counter in plan.counters:
         module = smaller.get_submodule(counter.module)
         set_origin(module, recounted_origin(module, counter.attribute, counter.before))
-        setattr(module, counter.attribute, counter.after)
+        set_following(module, counter.attribute, counter.after)
     set_made(smaller, Made(plan))
     return smaller
 
@@ -146,9 +147,9 @@ def _check_carrier(model: nn.Module, name: str, planned: CarrierPlan) -> None:
 
 def _check_counter(model: nn.Module, planned: CounterPlan) -> None:
     place = f"'{planned.attribute}' of '{planned.module}'"
-    if planned.attribute not in COUNTERS:
+    if planned.attribute not in FOLLOWING:
         raise MismatchError(
-            f"the plan sets {place}, which is no count of heads; those are {', '.join(COUNTERS)}"
+            f"the plan sets {place}; attributes that follow what goes are {', '.join(FOLLOWING)}"
         )
     try:
         found = getattr(model.get_submodule(planned.module), planned.attribute)
