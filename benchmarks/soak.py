@@ -6,9 +6,10 @@ Draws networks, data and options of `compress` by a seed (`tests/hard/odd_calls.
 calls one after another in one process, and checks each as the tests do: the budget is met, outputs
 and gradients are finite, the model that was given is as it was bit for bit, what is saved and
 loaded is equal; or the call ends in an error of the library. In between it measures the process's
-memory, its open files, and the hooks and modules that are still alive. Then it spoils files of
-every kind that the library reads (`tests/hard/spoilt_files.py`), and counts what reading them ends
-in.
+memory, its open files, and the hooks and modules that are still alive. Shapes that are new fill
+caches of torch and numpy, so the last of the calls are made again: what grows then is a leak. Then
+it spoils files of every kind that the library reads (`tests/hard/spoilt_files.py`), and counts what
+reading them ends in.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ import time
 import warnings
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 # Each shape of a convolution stays in oneDNN's cache, up to 1024 of them: to see what else grows,
 # and whether that is ours, the cache is kept small.
@@ -41,6 +41,8 @@ from tests.hard.spoilt_files import SpoiltFiles
 _RESULTS = Path(__file__).parent / "results" / "soak.json"
 _WARM_UP = 20  # calls before the first measurement: caches of torch and of imports fill
 _LEFT = ("open_files", "modules", "hooks", "tensors")  # none may be more in the end
+# What may grow with a call that was made before: far less than a call has in use.
+_A_CALL = {"resident_bytes": 100_000, "python_blocks": 30}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -80,6 +82,41 @@ def spoilt(times: int, seed: int) -> tuple[dict[str, dict[str, int]], list[dict[
     return {n: {how: k for (m, how), k in counts.items() if m == n} for n in names}, defects
 
 
+class Soak:
+    """Calls one after another, and what they ended in."""
+
+    def __init__(self, folder: Path, seed: int) -> None:
+        self.folder = folder
+        self.draws = random.Random(seed)
+        self.outcomes: Counter[str] = Counter()
+        self.methods: Counter[str] = Counter()
+        self.defects: list[dict[str, str]] = []
+        self.half_written: set[str] = set()
+        self._made = 0
+
+    def go(self, calls: int) -> dict[str, int]:
+        """Draw calls and make them; what is left afterwards."""
+        for _ in range(calls):
+            self._one()
+        found = measured()
+        print(self._made, found, flush=True)
+        return found
+
+    def _one(self) -> None:
+        call = odd_call(self.draws.choice)
+        try:
+            ended = outcome(call, self.folder / str(self._made))
+        except Exception as error:  # noqa: BLE001 - every one of them is a finding
+            ended = "DEFECT"
+            self.defects.append({"call": repr(call), "error": f"{type(error).__name__}: {error}"})
+            print(self.defects[-1], flush=True)
+        self._made += 1
+        self.outcomes[ended] += 1
+        self.methods[call.method] += 1
+        files = (str(file.relative_to(self.folder)) for file in self.folder.rglob("*"))
+        self.half_written |= {name for name in files if ".part" in name}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--calls", type=int, default=200)
@@ -89,38 +126,26 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("error")
-    draws = random.Random(given.seed)
-    outcomes: Counter[str] = Counter()
-    methods: Counter[str] = Counter()
-    defects: list[dict[str, str]] = []
-    memory: list[dict[str, Any]] = []
-    left: set[str] = set()
     start = time.monotonic()
-    quarters = {_WARM_UP + round(k * given.calls / 4) for k in range(5)}
+    quarter = max(given.calls // 4, 1)
     with tempfile.TemporaryDirectory() as folder:
-        for number in range(_WARM_UP + given.calls + 1):
-            if number in quarters:
-                memory.append({"calls": number - _WARM_UP, **measured()})
-                print(memory[-1], flush=True)
-            if number == _WARM_UP + given.calls:
-                break
-            call = odd_call(draws.choice)
-            out = Path(folder) / str(number)
-            try:
-                ended = outcome(call, out)
-            except Exception as error:  # noqa: BLE001 - every one of them is a finding
-                ended = "DEFECT"
-                defects.append({"call": repr(call), "error": f"{type(error).__name__}: {error}"})
-                print(defects[-1], flush=True)
-            if number >= _WARM_UP:
-                outcomes[ended] += 1
-                methods[call.method] += 1
-            for file in Path(folder).rglob("*"):
-                if ".part" in file.name:
-                    left.add(str(file.relative_to(folder)))
-            del call
+        soak = Soak(Path(folder), given.seed)
+        soak.go(_WARM_UP)
+        soak.outcomes.clear()
+        soak.methods.clear()
+        before = measured()
+        quarters = [soak.go(quarter) for _ in range(3)]
+        state = soak.draws.getstate()
+        quarters.append(soak.go(quarter))
+        outcomes, methods = Counter(soak.outcomes), Counter(soak.methods)
+        again: list[dict[str, int]] = []
+        for _ in range(2):
+            soak.draws.setstate(state)
+            again.append(soak.go(quarter))
     files, broken = spoilt(given.spoilt, given.seed)
-    defects += broken
+    first, second = again
+    a_call = {what: (second[what] - first[what]) / quarter for what in _A_CALL}
+    defects = soak.defects + broken
     record(
         given.out,
         {
@@ -130,20 +155,26 @@ def main() -> None:
             "machine": machine(),
             "versions": versions(),
             "seconds": time.monotonic() - start,
-            "calls": given.calls,
+            "calls": 4 * quarter,
             "warm_up": _WARM_UP,
             "outcomes": dict(outcomes.most_common()),
             "methods": dict(methods.most_common()),
             "spoilt_files": files,
             "defects": defects,
-            "quarters": memory,
-            "hooks_left": memory[-1]["hooks"],
-            "open_files_left": memory[-1]["open_files"] - memory[0]["open_files"],
-            "files_half_written": sorted(left),
+            "before": before,
+            "quarters": quarters,
+            "last_quarter_again": again,
+            "growth_a_call": a_call,
+            "most_a_call": _A_CALL,
+            "hooks_left": second["hooks"],
+            "open_files_left": second["open_files"] - before["open_files"],
+            "files_half_written": sorted(soak.half_written),
         },
     )
-    grown = {what for what in _LEFT if memory[-1][what] > memory[0][what]}
-    sys.exit(1 if defects or left or grown else 0)
+    grown = {what for what in _LEFT if second[what] > before[what]}
+    grown |= {what for what, most in _A_CALL.items() if a_call[what] > most}
+    print(f"growth a call: {a_call}" + (f"; too much: {sorted(grown)}" if grown else ""))
+    sys.exit(1 if defects or soak.half_written or grown else 0)
 
 
 if __name__ == "__main__":
