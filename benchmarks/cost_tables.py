@@ -1,12 +1,10 @@
-"""The tables of what the method itself costs, for tables.py: scores, growth, a simulation."""
+"""What the method itself costs, as tables: curvature, scores, planning, memory, growth."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+import statistics
 
-Results = Mapping[str, Any]
-Table = Callable[..., str]
+from cells import Results, percent, short, table, words_of
 
 
 def _source(results: Results) -> str:
@@ -18,7 +16,7 @@ def _source(results: Results) -> str:
     )
 
 
-def score_cost(results: Results, table: Table) -> str:
+def score_cost(results: Results) -> str:
     """Of every way the time, in forward and backward passes over the same images."""
     rows = [
         [
@@ -35,7 +33,7 @@ def score_cost(results: Results, table: Table) -> str:
     )
 
 
-def growth(results: Results, table: Table) -> str:
+def growth(results: Results) -> str:
     """Fitted exponents, beside what theory says where it says something."""
     rows: list[list[str]] = []
     for axis, stages in results["exponents"].items():
@@ -64,7 +62,7 @@ def _ends(results: Results, axis: str, stage: str) -> list[str]:
     return said
 
 
-def simulated(results: Results, table: Table) -> str:
+def simulated(results: Results) -> str:
     """Stages of a model of 7 billion parameters, on paper."""
     one, eight = results["simulated"]
     rows = [
@@ -86,7 +84,7 @@ def simulated(results: Results, table: Table) -> str:
     )
 
 
-def sentence_encoder(results: Results, table: Table) -> str:
+def sentence_encoder(results: Results) -> str:
     """How alike the embeddings of a smaller encoder stay."""
     rows = [
         [
@@ -109,3 +107,102 @@ def sentence_encoder(results: Results, table: Table) -> str:
         f"{first['machine']['threads']} threads, busy with other work; torch "
         f"{first['versions']['torch']}, eigendamage {first['versions']['eigendamage']}."
     )
+
+
+def curvature_cost(results: Results) -> str:
+    parts: list[str] = []
+    for network, found in results["networks"].items():
+        rows = [
+            [
+                variant,
+                f"{statistics.median(values['seconds']):.2f}",
+                f"{values['ratio']['median']:.2f}",
+                "{:.2f} to {:.2f}".format(*values["ratio"]["quartiles"]),
+                f"{values['memory']['ratio_less_factors']:.2f}",
+                f"{values['memory']['factors'] / 2**20:.1f}",
+            ]
+            for variant, values in found.items()
+        ]
+        rows += [[variant, reason, *[""] * 4] for variant, reason in results["skipped"].items()]
+        header = ["variant", "seconds", "ratio", "quartiles", "peak memory", "factors, MiB"]
+        parts += [f"**{network}**", table(header, rows)]
+    work = results["work"]
+    parts.append(
+        f"`{results['command'].strip()}`: {work['batches']} batches of {work['batch']} images of "
+        f"{work['size']} × {work['size']}, {work['rounds']} rounds, seed {results['seed']}. "
+        f"{words_of(results['machine'])}; {words_of(results['versions'])}. Ratios are to the plain "
+        f"pass of the same round; peak memory is what a pass adds, less the factors it returns, in "
+        f"units of what the plain pass adds."
+    )
+    parts.append("\n".join(f"- *{name}*: {note}" for name, note in results["variants"].items()))
+    return "\n\n".join(parts)
+
+
+def planning(results: Results) -> str:
+    """What planning a large network takes."""
+    rows: list[list[str]] = []
+    for index, row in enumerate(results["rows"]):
+        budget = ", ".join(f"{unit} {fraction:g}" for unit, fraction in row["budget"].items())
+        menus = "made" if index == 0 else "the same"
+        rows.append([budget, menus, f"{row['seconds']:.1f}", short(row["gap"])])
+    source = (
+        f"`{results['command']}`, {results['layers']} layers, seed {results['seed']}, "
+        f"{results['machine']['threads']} threads, {results['resident_gigabytes']:g} GB in memory "
+        f"at most, {words_of(results['versions'])}."
+    )
+    return f"{table(('budget', 'menus', 'seconds', 'gap'), rows, words=2)}\n\n{source}"
+
+
+def latency_budgets(results: Results) -> str:
+    """What was asked for, and what the result takes when it is timed again."""
+    rows: list[list[str]] = []
+    for row in results["rows"]:
+        start = [row["network"], f"{row['batch']}", percent(row["budget"])]
+        if "error" in row:
+            rows.append([*start, "refused", *["–"] * 5, f"{row['seconds']:.0f}"])
+            continue
+        before, after = row["milliseconds"]
+        rows.append(
+            [
+                *start,
+                percent(row["measured"]),
+                f"{100 * row['spread']:.1f} %",
+                f"{before:.1f} → {after:.1f}",
+                percent(row["macs"]),
+                f"{row['low_rank']}",
+                f"{row['channels']}",
+                f"{row['seconds']:.0f}",
+            ]
+        )
+    header = ("network", "batch", "budget", "measured", "spread", "ms", "MACs left")
+    first = results["rows"][0]
+    source = (
+        f"`{results['command']}`, seed {results['seed']}, {first['machine']['threads']} threads, "
+        f"{words_of(first['versions'])}."
+    )
+    whole = table((*header, "low-rank layers", "layers with fewer channels", "seconds"), rows)
+    return f"{whole}\n\n{source}"
+
+
+def curvature_memory(results: Results) -> str:
+    """What memory options save of the peak."""
+    header = ("setting", "passes", "peak, MB", "of it the result, MB", "seconds")
+    rows = [
+        [
+            row["setting"],
+            str(row["passes"]),
+            f"{row['peak'] / 1e6:.0f}",
+            f"{row['result'] / 1e6:.0f}",
+            f"{row['seconds']:.0f}",
+        ]
+        for row in sorted(results["rows"], key=lambda row: (row["result"], row["passes"]))
+    ]
+    first = results["rows"][0]
+    source = (
+        f"`{results['command']}`: {results['network']}, {results['images']} images in batches of "
+        f"{results['batch']}, {results['positions']} positions of each for patches, seed "
+        f"{results['seed']}, {first['machine']['threads']} threads, "
+        f"{words_of(first['versions'])}. The peak is what the call adds to that of a forward and "
+        f"backward pass before it, as resident memory."
+    )
+    return f"{table(header, rows)}\n\n{source}"

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from cells import Results, table
 
-Results = Mapping[str, Any]
 Rows = list[Mapping[str, Any]]
-Table = Callable[..., str]
 BATCHES = (1, 64)
 DRAWN = "resnet20"
 """The network of the picture; the first that was measured if this one was not."""
@@ -29,7 +28,7 @@ def original(rows: Rows) -> Mapping[str, Any]:
     return next(row for row in rows if row["candidate"] == "original")
 
 
-def render(results: Results, table: Table) -> str:
+def render(results: Results) -> str:
     """Of every network: accuracy, and time relative to the original's in each way of running."""
     parts: list[str] = []
     for network in dict.fromkeys(row["network"] for row in results["rows"]):

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from cells import Results, table
+
 Rows = list[Mapping[str, Any]]
-Table = Callable[..., str]
 OURS = "ours, auto"
 CHANNELS = "ours, channels alone"
 """Of `auto`: what Torch-Pruning may do as well."""
 
 
-def by_network(results: Mapping[str, Any], epochs: int) -> dict[str, Rows]:
+def by_network(results: Results, epochs: int) -> dict[str, Rows]:
     """The rows of each network, of those with so many epochs of training."""
     found: dict[str, Rows] = {}
     for row in results["rows"]:
@@ -37,7 +38,7 @@ def means(
     return found
 
 
-def render(results: Mapping[str, Any], epochs: int, table: Table) -> str:
+def render(results: Results, epochs: int) -> str:
     """For every network the methods, best first, at every budget; and what ours is ahead by."""
     parts: list[str] = []
     for network, rows in by_network(results, epochs).items():
@@ -77,7 +78,7 @@ KINDS: dict[str, Callable[[str], bool]] = {
 STAGES = {0: "no training", 2: "after two epochs"}
 
 
-def short(results: Mapping[str, Any], table: Table) -> str:
+def short(results: Results) -> str:
     """Of each kind of method the best at each budget, without training and with."""
     parts: list[str] = []
     for epochs, stage in STAGES.items():
@@ -157,7 +158,7 @@ def _ahead(found: Mapping[tuple[str, float], Sequence[float]], budgets: Iterable
     return f"`auto` is {'; '.join(said)}." if said else ""
 
 
-def _source(results: Mapping[str, Any], epochs: int) -> str:
+def _source(results: Results, epochs: int) -> str:
     rows = [row for row in results["rows"] if row["epochs"] == epochs]
     training = f"; peak learning rate {results['learning_rate']:g} for all" if epochs else ""
     versions = {(row["versions"]["torch"], row["versions"]["eigendamage"]) for row in rows}
@@ -170,7 +171,7 @@ def _source(results: Mapping[str, Any], epochs: int) -> str:
     )
 
 
-def headline(results: Mapping[str, Any], table: Table) -> str:
+def headline(results: Results) -> str:
     """Of each network trained from scratch what is left, and how accurate, in equal rounds."""
     parts: list[str] = []
     groups: dict[tuple[Any, ...], Rows] = {}
@@ -201,7 +202,7 @@ def headline(results: Mapping[str, Any], table: Table) -> str:
     return "\n\n".join([*parts, said])
 
 
-def points(results: Mapping[str, Any]) -> dict[str, list[float]]:
+def points(results: Results) -> dict[str, list[float]]:
     """Of the first network, by epochs and method: MACs and accuracies, of means over the seeds."""
     drawn: dict[str, list[float]] = {}
     for epochs in (0, 2):

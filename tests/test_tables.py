@@ -157,7 +157,7 @@ def test_every_table_has_a_place():
 
 @pytest.mark.parametrize("epochs", [0, 1])
 def test_a_comparison_is_ranked_by_the_loss_at_the_end(epochs: int):
-    text = tables_module().compare(comparison(epochs=epochs))
+    text = tables_module().method_tables.compare(comparison(epochs=epochs))
     mild, hard = text.split("**At most 50.0 % of the MACs**")
     assert "At most 80.0 %" in mild
     rows = [line.strip("| ").split(" | ") for line in hard.splitlines() if line.startswith("|")]
@@ -182,7 +182,7 @@ def test_a_comparison_is_ranked_by_the_loss_at_the_end(epochs: int):
 
 def test_a_comparison_says_what_it_was_made_with_and_what_masks_and_refusals_mean():
     results = comparison()
-    text = tables_module().compare(results)
+    text = tables_module().method_tables.compare(results)
     for said in (
         "† Masks leave",
         "nothing is saved",
@@ -196,7 +196,7 @@ def test_a_comparison_says_what_it_was_made_with_and_what_masks_and_refusals_mea
     ):
         assert said in text
     results["rows"] = [row for row in results["rows"] if row["method"] == "kron-obs"]
-    plain = tables_module().compare(results)
+    plain = tables_module().method_tables.compare(results)
     assert "†" not in plain
     assert "refused" not in plain
 
@@ -239,7 +239,7 @@ def cells(text: str) -> list[list[str]]:
 
 
 def test_the_demo_shows_both_methods_and_what_the_paper_has_in_place_of_a_repair():
-    text = tables_module().demo(demonstration())
+    text = tables_module().demo_tables.demo(demonstration())
     base, auto, paper = cells(text)
     assert base[:4] == ["100.0 %", "as it is", "100.0 %", "90.0 %"]
     assert auto == ["50.0 %", "`auto`", "30.0 %", "80.0 %", "90.0 %", "0.1", "0.1"]
@@ -250,7 +250,7 @@ def test_the_demo_shows_both_methods_and_what_the_paper_has_in_place_of_a_repair
 
 def test_a_prediction_of_the_demo_is_held_against_the_network_it_stands_for():
     tables = tables_module()
-    auto, paper = cells(tables.demo_loss(demonstration()))
+    auto, paper = cells(tables.demo_tables.demo_loss(demonstration()))
     assert auto[2:7] == ["0.02", "0.04", "0.2", "0.1", "2.5 ×"]  # repaired to calibrated
     assert paper[2:7] == ["0.02", "–", "0.5", "–", "25.0 ×"]  # right after to priced
     drawn = tables.PICTURES["demo-picture"].points(demonstration())
