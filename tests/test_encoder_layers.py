@@ -166,3 +166,14 @@ def test_it_exports_as_any_other(tmp_path: Path) -> None:
     x = _inputs()[0]
     with torch.no_grad():
         torch.testing.assert_close(ed.plain(small)(x), small(x), rtol=0, atol=0)
+
+
+def test_multiplied_out_it_computes_in_one_call_again(tmp_path: Path) -> None:
+    result = _compressed("low-rank")
+    dense = ed.densify(result.model)
+    assert _switches(dense) == [True, 2, 2]
+    x = _inputs()[0]
+    with torch.no_grad():
+        torch.testing.assert_close(dense(x), result.model(x), rtol=1e-4, atol=1e-5)
+    ed.save(dense, tmp_path / "dense")
+    assert _switches(ed.load(_model(), tmp_path / "dense")) == [True, 2, 2]

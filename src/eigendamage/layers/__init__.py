@@ -7,7 +7,7 @@ from eigendamage.layers._cost import FORMS, Cost, DenseForm, Form, LayerShape
 from eigendamage.layers._counters import FOLLOWING
 from eigendamage.layers._factored import FactoredConv2d, FactoredLinear, balance, balance_factors
 from eigendamage.layers._find import ON_REQUEST, Layer, Layers, find_layers
-from eigendamage.layers._fused import FusedCall, set_following
+from eigendamage.layers._fused import SWITCHES, FusedCall, set_following
 from eigendamage.layers._geometry import ConvGeometry
 from eigendamage.layers._origin import (
     Origin,
@@ -37,6 +37,7 @@ __all__ = [
     "FOLLOWING",
     "FORMS",
     "ON_REQUEST",
+    "SWITCHES",
     "Carrier",
     "ChannelGraph",
     "ChannelGroup",

@@ -8,10 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from eigendamage.layers import (
+    SWITCHES,
     FactoredConv2d,
     FactoredLinear,
     copy_model,
+    origin_of,
     reshaped_origin,
+    set_following,
     set_origin,
 )
 
@@ -23,13 +26,19 @@ def densify(model: nn.Module) -> nn.Module:
     original's. Products are taken in float64 and rounded once to the layer's dtype. Channels that
     were removed stay removed, and a bias that surgery added stays, so a layer has the original's
     shape exactly where it lost ranks alone. Nothing is left of the saved MACs and parameters of
-    such a layer; `save` and `load` work as before.
+    such a layer; `save` and `load` work as before. torch's encoder layers may compute in one fused
+    call again.
     """
     dense: dict[int, nn.Module] = {}
     for module in model.modules():
         if isinstance(module, FactoredConv2d | FactoredLinear):
             dense[id(module)] = _dense(module)
-    return copy_model(model, dense)
+    copy = copy_model(model, dense)
+    for module in copy.modules():
+        before = {} if (origin := origin_of(module)) is None else origin.counts
+        for attribute in before.keys() & set(SWITCHES):
+            set_following(module, attribute, before[attribute])
+    return copy
 
 
 def _dense(factored: FactoredConv2d | FactoredLinear) -> nn.Module:
