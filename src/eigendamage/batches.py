@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from eigendamage.errors import DataError, EigenDamageError, NonFiniteError
+from eigendamage.repeated import Repeated
 
 Data = Iterable[Any] | Tensor | Dataset[Any]
 """An iterable of batches: tensors, (input, label) pairs or dicts. A lone tensor is one batch.
@@ -102,14 +103,16 @@ class Batches:
     """Data that can be gone through several times, on one device, up to ``limit`` examples.
 
     A one-shot iterator (a generator, say) is kept in memory on the first pass, because most of what
-    is built on curvature needs two. Iterating raises `DataError` if there is no example, and
-    `NonFiniteError` where an input has a NaN or an infinity.
+    is built on curvature needs two; a DataLoader draws the same in every pass. Iterating raises
+    `DataError` if there is no example, and `NonFiniteError` where an input has a NaN or an infinity
+    (a mask may have -inf).
     """
 
     def __init__(self, data: Data, device: torch.device, limit: int | None = None) -> None:
         if limit is not None and limit < 1:
             raise DataError(f"max_examples is {limit}; at least one example is needed")
-        self._source = iterable_of(data)
+        source = iterable_of(data)
+        self._source = Repeated(source) if isinstance(source, DataLoader) else source
         self._device = device
         self._limit = limit
 
@@ -335,8 +338,12 @@ def _refuse_non_finite(args: tuple[Any, ...], kwargs: Mapping[str, Any], index: 
     named = [("the input", a) for a in args] + [(f"the input '{k}'", v) for k, v in kwargs.items()]
     for name, item in named:
         for tensor in tensors_in(item):
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                bad = int((~torch.isfinite(tensor)).sum())
+            if not tensor.is_floating_point():
+                continue
+            # What is added to attention scores is -inf where nothing is to be seen.
+            fine = torch.isfinite(tensor) | (tensor.isneginf() if "mask" in name else False)
+            if not bool(fine.all()):
+                bad = int((~fine).sum())
                 raise NonFiniteError(
                     f"{name} of batch {index} holds {bad} NaN or infinite values of "
                     f"{tensor.numel()}; clean the data first"

@@ -61,9 +61,11 @@ def first_call(model: nn.Module, batch: Batch) -> Any:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         if isinstance(error, LookupError):  # which says no more than the key
             reason = f"{type(error).__name__}: {reason}"
+        pair = "" if batch.target is None else " (the second of a pair is taken for labels)"
         raise DataError(
             f"the model cannot run on inputs of shape {batch.shapes()}: {reason}. Give batches of "
-            f"the form that the model takes"
+            f"the form that the model takes{pair}; several inputs as a dict by the names that its "
+            f"forward has"
         ) from error
 
 

@@ -229,7 +229,7 @@ def test_a_plan_sets_no_attribute_but_those_that_count_heads() -> None:
     curvature = ed.estimate_curvature(model, [x], progress=False)
     plan = full_rank(model, curvature, "three")
     setting = CounterPlan(module="0", attribute="in_features", before=7, after=6)
-    with pytest.raises(ed.MismatchError, match="'in_features' of '0'; attributes that follow"):
+    with pytest.raises(ed.MismatchError, match="'in_features' of '0', which is no count of heads"):
         ed.apply_plan(model, plan.model_copy(update={"counters": (setting,)}), curvature)
 
 

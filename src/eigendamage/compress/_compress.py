@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from eigendamage.batches import Data, iterable_of, kept
@@ -21,6 +22,7 @@ from eigendamage.curvature import Curvature, EigenvalueKind, Fisher, Loss
 from eigendamage.distributed import decided, one_fate
 from eigendamage.errors import EigenDamageError
 from eigendamage.files import alone_in
+from eigendamage.layers import preserved_random_state
 from eigendamage.plan import (
     ACTIONS,
     ActionKind,
@@ -32,6 +34,8 @@ from eigendamage.training import FinetuneConfig, PolishConfig, length_of
 
 
 @one_fate
+@torch.inference_mode(False)
+@preserved_random_state()
 def compress(
     model: nn.Module,
     data: Data,

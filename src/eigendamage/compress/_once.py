@@ -65,7 +65,7 @@ def once(
             options.budget,
             settings,
             ready.timing,
-            partial(ready.source_like, curvature),
+            partial(ready.source_like, curvature, ignored),
             shots=options.shots,
             go_back=options.back,
         )

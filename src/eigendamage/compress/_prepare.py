@@ -146,9 +146,15 @@ class Preparation:
             )
         return Source(model, curvature, menus, latency=table)
 
-    def source_like(self, curvature: Curvature, model: nn.Module) -> Source:
-        """A model that was made of another, which leaves alone what the other's curvature does."""
-        asked = [name for name, why in curvature.left_alone.items() if why.startswith(ON_REQUEST)]
+    def source_like(self, curvature: Curvature, ignore: Iterable[str], model: nn.Module) -> Source:
+        """A model that was made of another, which leaves alone what was left alone of the other.
+
+        Args:
+            curvature: of the other.
+            ignore: what was left alone of it although its curvature has it.
+            model: the model.
+        """
+        asked = (*on_request(curvature), *ignore)
         return self.source(model, self.curvature(model, asked), ())
 
     def _table(self, model: nn.Module, curvature: Curvature) -> LatencyTable:
@@ -213,6 +219,10 @@ def prepared(
         raise EigenDamageError(
             f"floors, multiple and actions are for method='auto', not for '{method}'"
         )
+    if not auto and calibrate:
+        raise EigenDamageError(
+            f"prices are calibrated for method='auto' alone; leave calibrate out for '{method}'"
+        )
     predictive = isinstance(head_of(loss, reduction), PredictiveHead)
     if polish and not predictive:
         raise LossError(
@@ -252,6 +262,12 @@ def prepared(
         max_memory=max_memory,
         notes=[] if predictive or not auto else [_NOT_PREDICTIVE],
     )
+
+
+def on_request(curvature: Curvature) -> tuple[str, ...]:
+    """The layers that a curvature leaves alone because it was asked to."""
+    reasons = curvature.left_alone.items()
+    return tuple(name for name, why in reasons if why.startswith(ON_REQUEST))
 
 
 def require_loss(curvature: Curvature, loss: Loss) -> None:

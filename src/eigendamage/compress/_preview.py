@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Literal
 
+import torch
 from torch import nn
 
 from eigendamage.batches import Data
@@ -18,11 +19,14 @@ from eigendamage.compress._result import Options
 from eigendamage.compress._search import smaller
 from eigendamage.curvature import Curvature, EigenvalueKind, Fisher, Loss
 from eigendamage.distributed import one_fate
+from eigendamage.layers import preserved_random_state
 from eigendamage.plan import ACTIONS, ActionKind, Budget, FormChoice, Plan, RankBy
 from eigendamage.training import PolishConfig
 
 
 @one_fate
+@torch.inference_mode(False)
+@preserved_random_state()
 def preview(
     model: nn.Module,
     data: Data,

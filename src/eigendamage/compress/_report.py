@@ -8,11 +8,12 @@ from datetime import UTC, datetime
 
 from torch import nn
 
-from eigendamage.batches import Data
+from eigendamage.batches import Batches, Data
 from eigendamage.calls import device_of
 from eigendamage.compress._prepare import Preparation
 from eigendamage.compress._steps import Built
 from eigendamage.compress._truth import truth_of
+from eigendamage.compress._unseen import unseen
 from eigendamage.curvature import Curvature, calibration_table
 from eigendamage.measure import count, evaluate_together
 from eigendamage.plan import Budget, Plan
@@ -102,7 +103,9 @@ def report_of(
     first = (*beside.plans, *(shot.plan for shot in chain))[0]
     prices = [shot.plan.price for shot in chain]
     sizes = count(beside.original, data), count(versions[-1], data)
-    doubt = None if truth is None else truth.note
+    doubt = () if truth is None or truth.note is None else (truth.note,)
+    batch = Batches(data, device_of(model), ready.max_examples).peek()
+    unmeasured = tuple(unseen(beside.original, versions[-1], batch)) if plan.changed else ()
     return Report(
         model=type(beside.original).__name__,
         method=plan.title,
@@ -131,7 +134,7 @@ def report_of(
         gap=plan.gap,
         seconds=clock.seconds,
         environment=Environment.here(device_of(model), settings.seed),
-        notes=(*plan.notes, *ready.notes, *last.notes, *([doubt] if doubt else [])),
+        notes=(*plan.notes, *ready.notes, *last.notes, *doubt, *unmeasured),
     )
 
 

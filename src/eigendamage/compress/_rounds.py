@@ -16,6 +16,7 @@ from torch import nn
 from eigendamage.batches import Batches, Data
 from eigendamage.calls import device_of
 from eigendamage.compress._once import Before, once
+from eigendamage.compress._prepare import on_request
 from eigendamage.compress._result import Compressed, Options
 from eigendamage.curvature import Curvature, load_curvature, save_curvature
 from eigendamage.distributed import decided
@@ -79,6 +80,9 @@ def in_rounds(
     if directory is not None:
         decided(partial(_claim, directory, model, data, options, rounds, training))
     current, plans = model, []
+    ignore = options.ignore
+    if curvature is not None:  # later rounds have one of their own
+        ignore = (*ignore, *on_request(curvature))
     reports: list[RoundReport] = []
     result: Compressed | None = None
     tuned: Measured | None = None
@@ -90,6 +94,7 @@ def in_rounds(
             options,
             budget=options.budget.step((index + 1) / rounds, left),
             seed=later_seed(options.seed, index),
+            ignore=ignore if index else options.ignore,
         )
         result = None if folder is None else _finished(current, folder)
         if result is None:
@@ -123,6 +128,7 @@ def in_rounds(
                     current,
                     where,
                     loss=options.loss,
+                    max_examples=options.max_examples if eval_data is None else None,
                     reference=model,
                     reduction=options.reduction,
                     progress=options.progress,

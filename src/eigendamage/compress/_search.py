@@ -48,7 +48,8 @@ def smaller(
 ) -> Built:
     """The best model within a budget of any kind but a ratio."""
     if budget.loss is not None:
-        return _within_loss(original, source, budget.loss, settings)
+        found = _within_loss(original, source, budget.loss, settings)
+        return replace(found, plan=found.plan.model_copy(update={"budget": budget}))
     if budget.latency is None:
         found, plan = planned(source, budget, settings)
         return built(original, found, plan, settings)
@@ -281,11 +282,15 @@ def in_shots(
     sources = [source]
     for index in range(shots):
         goal = (index + 1) / shots
-        step = smaller(original, sources[-1], _step(budget, goal, chain), settings, timing)
+        part = _step(budget, goal, chain)
+        if part is None:
+            continue
+        step = smaller(original, sources[-1], part, settings, timing)
         taken = [*chain, step]
-        if go_back and chain:
-            earlier = chain[:-1]
-            other = smaller(original, sources[-2], _step(budget, goal, earlier), settings, timing)
+        earlier = chain[:-1]
+        again = _step(budget, goal, earlier) if go_back and chain else None
+        if again is not None:
+            other = smaller(original, sources[-2], again, settings, timing)
             if _worse(original, step, other, settings):
                 taken = [*earlier, other]
                 sources.pop()
@@ -302,14 +307,16 @@ def _worse(original: nn.Module, step: Built, other: Built, settings: Settings) -
     return mine is not None and its is not None and its < mine
 
 
-def _step(budget: Budget, goal: float, chain: list[Built]) -> Budget:
-    """What a shot has to leave of the model that it starts from."""
+def _step(budget: Budget, goal: float, chain: list[Built]) -> Budget | None:
+    """What a shot has to leave of the model that it starts from; None if that is small enough.
+
+    A shot may leave less than it was asked to, as ranks and channels are whole numbers.
+    """
     left: dict[str, float] = {
         unit: math.prod((shot.plan.left(unit) for shot in chain), start=1.0)
         for unit in budget.limits
     }
     left["latency"] = math.prod((shot.latency or 1.0 for shot in chain), start=1.0)
     part = budget.step(goal, left)
-    if chain and budget.loss is None and all(v >= 1.0 for v in part.given.values()):
-        raise NothingToCompressError("an earlier shot has left less than the budget already")
-    return part
+    enough = chain and budget.loss is None and all(v >= 1.0 for v in part.given.values())
+    return None if enough else part

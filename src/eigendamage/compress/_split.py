@@ -52,8 +52,7 @@ class Parts:
 def split(data: Data, device: torch.device, max_examples: int | None) -> Parts:
     """Hold out about a tenth of the examples: whole batches where there are enough of them.
 
-    The order of the batches is taken to be the same in every pass; with a loader that shuffles,
-    held-out examples of one pass are fitted on in another.
+    The order of the batches is taken to be the same in every pass, as a DataLoader's is here.
 
     Raises:
         DataError: if nothing can be held out.

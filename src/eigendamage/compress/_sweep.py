@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import Literal
 
+import torch
 from torch import nn
 
 from eigendamage.batches import Data, kept
@@ -20,6 +21,7 @@ from eigendamage.compress._steps import Source
 from eigendamage.curvature import Curvature, Fisher, Loss
 from eigendamage.distributed import one_fate
 from eigendamage.errors import BudgetError, EigenDamageError
+from eigendamage.layers import preserved_random_state
 from eigendamage.measure import Evaluation, evaluate
 from eigendamage.plan import ACTIONS, ActionKind, Budget, check_options
 from eigendamage.report import Environment, Measured, Sweep, SweepRow
@@ -30,6 +32,8 @@ BUDGETS: tuple[Budget, ...] = tuple(Budget(macs=tenths / 10) for tenths in range
 
 
 @one_fate
+@torch.inference_mode(False)
+@preserved_random_state()
 def sweep(
     model: nn.Module,
     data: Data,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from eigendamage.batches import Batch
 from eigendamage.calls import logits_of
-from eigendamage.curvature._head import PredictiveHead, checked, uniform_where
+from eigendamage.curvature._head import PredictiveHead, checked, uniform_where, widened
 from eigendamage.errors import LossError
 
 
@@ -22,7 +22,7 @@ class SquaredError(PredictiveHead):
     """
 
     def per_example(self, output: Any, batch: Batch) -> Tensor:
-        logits = logits_of(output)
+        logits = widened(logits_of(output))
         error = logits - _same_shape(checked(batch.target), logits)
         return _mean(error.square(), batch)
 
@@ -57,7 +57,7 @@ class BinaryCrossEntropy(PredictiveHead):
     """Independent Bernoulli outputs, averaged over an example's outputs but padded tokens'."""
 
     def per_example(self, output: Any, batch: Batch) -> Tensor:
-        logits = logits_of(output)
+        logits = widened(logits_of(output))
         target = _same_shape(checked(batch.target), logits).to(logits.dtype)
         losses = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
         return _mean(losses, batch)

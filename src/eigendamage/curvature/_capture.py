@@ -202,7 +202,8 @@ class _LayoutProbe:
         except LayerError:
             self.reasons[layer.name] = (
                 f"its output of shape {tuple(g.shape)} has no batch axis in front "
-                f"(batch of {batch.size})"
+                f"(batch of {batch.size}); put it first, by batch_first=True where there is such "
+                f"an option"
             )
             return
         others = rows[1:]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from eigendamage.batches import Batch, tensors_in
 from eigendamage.calls import logits_of
-from eigendamage.curvature._head import PredictiveHead, checked, uniform_where
+from eigendamage.curvature._head import PredictiveHead, checked, uniform_where, widened
 from eigendamage.errors import LossError
 
 IGNORED_LABEL = -100
@@ -22,15 +22,14 @@ class CrossEntropy(PredictiveHead):
     """Softmax cross-entropy; the classes are axis 1, or the last of (batch, tokens, classes)."""
 
     def per_example(self, output: Any, batch: Batch) -> Tensor:
-        logits = self._classes_last(logits_of(output))
+        logits = widened(self._classes_last(logits_of(output)))
         target = self._labels(logits, batch)
         if target.is_floating_point():
             losses = -(target * logits.log_softmax(-1)).sum(-1)
             losses = losses * self.counted(losses.shape, batch)
         else:
-            wide = logits if logits.dtype == torch.float64 else logits.float()
             losses = F.cross_entropy(
-                wide.flatten(0, -2),
+                logits.flatten(0, -2),
                 target.flatten(),
                 ignore_index=IGNORED_LABEL,
                 reduction="none",

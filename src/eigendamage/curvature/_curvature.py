@@ -16,7 +16,7 @@ Extra = Literal["patches", "gradients", "channels"]
 """What a curvature can hold beside S, A and λ; see `estimate_curvature`."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Curvature(Mapping[str, LayerCurvature]):
     """The curvature of a model's layers: a mapping from dotted path to `LayerCurvature`.
 
@@ -46,6 +46,13 @@ class Curvature(Mapping[str, LayerCurvature]):
     kind: EigenvalueKind = "ekfac"
     extras: tuple[Extra, ...] = ()
     channels: ChannelGraph | None = None
+
+    def __repr__(self) -> str:
+        extras = f", with {', '.join(self.extras)}" if self.extras else ""
+        return (
+            f"Curvature of {len(self.layers)} layers on {self.examples} examples ({self.loss}, "
+            f"fisher={self.fisher!r}, {self.kind}{extras}; {len(self.left_alone)} left alone)"
+        )
 
     def __getitem__(self, name: str) -> LayerCurvature:
         return self.layers[name]

@@ -32,6 +32,7 @@ from eigendamage.seeds import check_seed
 
 
 @one_fate
+@torch.inference_mode(False)
 def estimate_curvature(
     model: nn.Module,
     data: Data,
@@ -125,6 +126,11 @@ def estimate_curvature(
     limit = None if max_memory is None else bytes_of(max_memory)
     if (layers_per_pass is not None or limit is not None) and factor_device is None:
         factor_device = "cpu"
+    if basis is not None and eigenvalues == "kfac":
+        raise EigenDamageError(
+            "basis= is there to estimate λ in it, and eigenvalues='kfac' takes Λ_S Λ_A, for which "
+            "nothing would be estimated; leave out one of the two"
+        )
     extras = _extras(also)
     home = None if factor_device is None else torch.device(factor_device)
     head = head_of(loss, reduction)

@@ -169,6 +169,11 @@ class PredictiveHead(Head):
         """Cotangents whose outer products sum to the Hessian exactly."""
 
 
+def widened(x: Tensor) -> Tensor:
+    """At least in single precision: a loss in half of it has an error as large as what it rises."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
 def checked(target: Tensor | None) -> Tensor:
     """The labels of a batch.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import torch
 from jaxtyping import Float
@@ -24,6 +24,7 @@ def merge_layers(
             f"layer '{name}': weights of shape {tuple(a.eigenvalues.shape)} and "
             f"{tuple(b.eigenvalues.shape)}, of ranks {a.ranks} and {b.ranks}, cannot merge"
         )
+    b = _on(a.S.device, b)
     examples, positions = a.examples + b.examples, a.positions + b.positions
     by_example, by_position = a.examples / examples, a.positions / positions
     shape = replace(
@@ -55,6 +56,12 @@ def merge_layers(
         return merged
     lam = by_example * _carried(a, merged) + (1 - by_example) * _carried(b, merged)
     return replace(merged, eigenvalues=lam)
+
+
+def _on(device: torch.device, layer: LayerCurvature) -> LayerCurvature:
+    """The same with all of its tensors on a device."""
+    known = {field.name: getattr(layer, field.name) for field in fields(layer) if field.init}
+    return replace(layer, **{k: v.to(device) for k, v in known.items() if isinstance(v, Tensor)})
 
 
 def _carried(source: LayerCurvature, target: LayerCurvature) -> Float[Tensor, "o i K"]:

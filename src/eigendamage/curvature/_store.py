@@ -99,7 +99,7 @@ def save_curvature(curvature: Curvature, path: str | Path) -> None:
         save_file(tensors, beside, metadata={"curvature": header.model_dump_json()})
 
 
-def load_curvature(path: str | Path, device: str = "cpu") -> Curvature:
+def load_curvature(path: str | Path, device: str | torch.device = "cpu") -> Curvature:
     """Read a curvature. Nothing in the file is executed.
 
     Raises:
@@ -110,7 +110,7 @@ def load_curvature(path: str | Path, device: str = "cpu") -> Curvature:
     if not Path(path).is_file():
         raise MissingFileError(f"no curvature file at {path}")
     try:
-        with safe_open(str(path), framework="pt", device=device) as file:
+        with safe_open(str(path), framework="pt", device=str(device)) as file:
             header = _read_header(path, file.metadata())
             layers = {
                 name: _read_layer(path, name, record, file)

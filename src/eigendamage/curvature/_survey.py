@@ -48,7 +48,9 @@ def survey(model: nn.Module, batch: Batch, ignore: Iterable[str], head: Head) ->
     layers: dict[str, Layer] = {}
     for name in (*traced.layers, *(n for n in found.compressible if n not in traced.layers)):
         if name not in traced.layers:
-            left_alone[name] = "it did not run on the data given"
+            left_alone[name] = (
+                "it was not called on the data given: it did not run, or its weight is read"
+            )
         elif name not in reached:
             left_alone[name] = "no gradient of the loss reaches it"
         elif name in unclear:

@@ -50,9 +50,10 @@ def adopt(model: nn.Module, result: Compressed, optimizers: Iterable[Optimizer])
         )
     before = dict(model.named_parameters())
     _take(model, result.model)
-    for plan in (*result.earlier, result.plan):
-        for counter in plan.counters:
-            set_following(model.get_submodule(counter.module), counter.attribute, counter.after)
+    for path, module in result.model.named_modules():
+        origin = origin_of(module)
+        for attribute in () if origin is None else origin.counts:
+            set_following(model.get_submodule(path), attribute, getattr(module, attribute))
     if (made := made_by(result.model)) is not None:
         set_made(model, made)
     after = dict(model.named_parameters())

@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import nn
 
-from eigendamage.batches import Data
+from eigendamage.batches import Data, kept
 from eigendamage.compress import compress
 from eigendamage.errors import MismatchError
 from eigendamage.integrations._live import (
@@ -73,7 +73,7 @@ class CompressionCallback(Callback):
         self._rounds = LiveRounds(budget, moments_of(at_steps, at_epochs), compressor)
         self._by_steps = bool(at_steps)
         self._network = network
-        self._data, self._batches, self._seed = data, batches, seed
+        self._data, self._batches, self._seed = kept(data), batches, seed
 
     @property
     def reports(self) -> Sequence[Report]:

@@ -8,7 +8,7 @@ from typing import Any
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from eigendamage.batches import Data
+from eigendamage.batches import Data, kept
 from eigendamage.compress import compress
 from eigendamage.integrations._live import (
     Compressor,
@@ -65,7 +65,7 @@ class CompressionCallback(TrainerCallback):
         check_seed(seed)
         self._rounds = LiveRounds(budget, moments_of(at_steps, at_epochs), compressor)
         self._by_steps = bool(at_steps)
-        self._data, self._batches, self._seed = data, batches, seed
+        self._data, self._batches, self._seed = kept(data), batches, seed
 
     @property
     def reports(self) -> Sequence[Report]:

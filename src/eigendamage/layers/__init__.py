@@ -4,10 +4,10 @@ from eigendamage.layers._channel_graph import Carrier, ChannelGraph, ChannelGrou
 from eigendamage.layers._channels import find_channels
 from eigendamage.layers._copy import copy_model, require_copyable
 from eigendamage.layers._cost import FORMS, Cost, DenseForm, Form, LayerShape
-from eigendamage.layers._counters import FOLLOWING
+from eigendamage.layers._counters import COUNTERS, FOLLOWING
 from eigendamage.layers._factored import FactoredConv2d, FactoredLinear, balance, balance_factors
 from eigendamage.layers._find import ON_REQUEST, Layer, Layers, find_layers
-from eigendamage.layers._fused import SWITCHES, FusedCall, set_following
+from eigendamage.layers._fused import PACKING, SWITCHES, fused_calls, set_following
 from eigendamage.layers._geometry import ConvGeometry
 from eigendamage.layers._origin import (
     Origin,
@@ -34,9 +34,11 @@ from eigendamage.layers._sums import Port, Sum, find_sums
 from eigendamage.layers._trace import LayerTrace, Trace, evaluating, preserved_random_state, trace
 
 __all__ = [
+    "COUNTERS",
     "FOLLOWING",
     "FORMS",
     "ON_REQUEST",
+    "PACKING",
     "SWITCHES",
     "Carrier",
     "ChannelGraph",
@@ -48,7 +50,6 @@ __all__ = [
     "FactoredConv2d",
     "FactoredLinear",
     "Form",
-    "FusedCall",
     "Kept",
     "Layer",
     "LayerShape",
@@ -69,6 +70,7 @@ __all__ = [
     "find_channels",
     "find_layers",
     "find_sums",
+    "fused_calls",
     "join",
     "kept_indices",
     "origin_of",

@@ -18,11 +18,12 @@ from eigendamage.layers._channel_graph import Carrier, ChannelGraph, ChannelGrou
 from eigendamage.layers._copy import copy_model
 from eigendamage.layers._counters import with_counters
 from eigendamage.layers._dependencies import Coupling, find_couplings
+from eigendamage.layers._find import HOOKS
 from eigendamage.layers._linear_groups import find_linear_groups
 from eigendamage.layers._proof import proven
 from eigendamage.layers._slicing import Norm, is_depthwise
 from eigendamage.layers._staying import reasons_to_stay
-from eigendamage.layers._trace import preserved_random_state
+from eigendamage.layers._trace import evaluating, preserved_random_state
 from eigendamage.layers._traced_groups import traced_groups
 from eigendamage.layers._unit_cost import with_unit_macs
 
@@ -30,7 +31,6 @@ _EXAMPLES = 2
 _LIMIT_BESIDE_S = 20.0  # for the search in the graph where neurons are known already
 _UNTRACED = "no output of the model depends on it in a way that can be traced"
 _TIED = "what it returns goes into sums, into norms over channels or out of the model"
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def find_channels(model: nn.Module, batch: Batch, *, limit_s: float = 120.0) -> ChannelGraph:
@@ -61,27 +61,34 @@ def find_channels(model: nn.Module, batch: Batch, *, limit_s: float = 120.0) -> 
         ChannelError: if it cannot be copied, or if torch-pruning fails on it or takes too long and
             there is nothing between Linear layers either.
     """
-    few = batch.few(_EXAMPLES)
-    reasons = reasons_to_stay(model)
-    with preserved_random_state():
+    with preserved_random_state(), torch.inference_mode(False):
         base = _bare_copy(model)
-        numbers = _numbers_an_example(base, few)
-        if few.size < batch.size:
-            whole = _numbers_an_example(base, batch)
-            # A layer may run for large batches only; what it reads has to be seen, too.
-            few, numbers = (few, numbers) if whole.keys() == numbers.keys() else (batch, whole)
-        between, left_alone = _usable(find_linear_groups(base, few), reasons)
-        couplings, untraced = _couplings(base, few, list(numbers), between, limit_s)
-        traced, apart = traced_groups(base, couplings, list(numbers), reasons)
-        candidates = _merged(between, traced)
-        groups, unproven = proven(base, few, _in_order(candidates, numbers))
-        blocks = [name for name in unproven if candidates[name].has_blocks]
-        counted = {name: with_counters(base, candidates[name]) for name in blocks}
-        counted = {name: group for name, group in counted.items() if group.counters}
-        if counted:
-            groups, still = proven(base, few, _in_order({**groups, **counted}, numbers))
-            unproven = {**unproven, **still}
-        groups = with_unit_macs(base, few, groups)
+        with evaluating(base):
+            return _found(base, batch, reasons_to_stay(model), limit_s)
+
+
+def _found(
+    base: nn.Module, batch: Batch, reasons: Mapping[str, str], limit_s: float
+) -> ChannelGraph:
+    """The groups of a copy in eval mode that is free of hooks."""
+    few = batch.few(_EXAMPLES)
+    numbers = _numbers_an_example(base, few)
+    if few.size < batch.size:
+        whole = _numbers_an_example(base, batch)
+        # A layer may run for large batches only; what it reads has to be seen, too.
+        few, numbers = (few, numbers) if whole.keys() == numbers.keys() else (batch, whole)
+    between, left_alone = _usable(find_linear_groups(base, few), reasons)
+    couplings, untraced = _couplings(base, few, list(numbers), between, limit_s)
+    traced, apart = traced_groups(base, couplings, list(numbers), reasons)
+    candidates = _merged(between, traced)
+    groups, unproven = proven(base, few, _in_order(candidates, numbers))
+    blocks = [name for name in unproven if candidates[name].has_blocks]
+    counted = {name: with_counters(base, candidates[name]) for name in blocks}
+    counted = {name: group for name, group in counted.items() if group.counters}
+    if counted:
+        groups, still = proven(base, few, _in_order({**groups, **counted}, numbers))
+        unproven = {**unproven, **still}
+    groups = with_unit_macs(base, few, groups)
     placed = {path for group in groups.values() for path in group.makers}
     left_alone = {**apart, **left_alone, **unproven}
     left_alone = {path: why for path, why in left_alone.items() if path not in placed}
@@ -165,10 +172,10 @@ def _in_order(groups: Mapping[str, ChannelGroup], order: Iterable[str]) -> dict[
 
 
 def _bare_copy(model: nn.Module) -> nn.Module:
-    """A copy in eval mode without hooks, but for torch's own that compute a weight."""
+    """A copy without hooks, but for torch's own that compute a weight."""
     hooks: dict[int, Any] = {}
     for module in model.modules():
-        for kind in _HOOKS:
+        for kind in HOOKS:
             mine = getattr(module, kind)
             hooks[id(mine)] = OrderedDict(
                 (key, hook)
@@ -176,7 +183,7 @@ def _bare_copy(model: nn.Module) -> nn.Module:
                 if type(hook).__module__.startswith("torch.nn.utils.")
             )
     try:
-        return copy_model(model, hooks).eval()
+        return copy_model(model, hooks)
     except Exception as error:
         said = (str(error).splitlines() or [""])[0]
         raise ChannelError(

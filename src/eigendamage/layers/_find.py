@@ -18,10 +18,11 @@ from torch.nn.utils import parametrize
 from eigendamage.errors import EigenDamageError, LayerError
 from eigendamage.layers._cost import Cost, LayerShape
 from eigendamage.layers._factored import FactoredConv2d, FactoredLinear
-from eigendamage.layers._fused import FusedCall, fused_calls
+from eigendamage.layers._fused import goes_past_its_block
 from eigendamage.layers._geometry import ConvGeometry
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+"""Where a module keeps its hooks."""
 ON_REQUEST = "left alone on request"
 # Forwards that compute what nn.Linear's does: timm's differs from it in TorchScript alone.
 _AS_LINEAR = ("timm.layers.linear.Linear.forward",)
@@ -38,7 +39,6 @@ class Layer:
         outputs: o.
         inputs: i.
         geometry: how a convolution reads its input; None for Linear.
-        fused: what allows modules around it to read its weight directly.
     """
 
     name: str
@@ -47,7 +47,6 @@ class Layer:
     outputs: int
     inputs: int
     geometry: ConvGeometry | None
-    fused: tuple[FusedCall, ...] = ()
 
     @property
     def offsets(self) -> int:
@@ -97,6 +96,11 @@ class Layer:
         out = stages[-1] if both or form == "merge_in" else None
         into = stages[0].T if both or form == "merge_out" else None
         return _orthonormal(out, self.outputs), _orthonormal(into, self.inputs)
+
+    @property
+    def factored(self) -> bool:
+        """Whether it is made of stages already."""
+        return isinstance(self.module, FactoredConv2d | FactoredLinear)
 
     @property
     def channels_last(self) -> bool:
@@ -159,7 +163,6 @@ def find_layers(model: nn.Module, *, ignore: Iterable[str] = ()) -> Layers:
         paths[id(module)].append(path)
     owners = _weight_owners(model)
     opaque = _children_read_directly(model)
-    fused = fused_calls(model)
 
     compressible: dict[str, Layer] = {}
     left_alone: dict[str, str] = {}
@@ -182,7 +185,7 @@ def find_layers(model: nn.Module, *, ignore: Iterable[str] = ()) -> Layers:
         if reason is not None:
             left_alone[path] = reason
         else:
-            compressible[path] = _describe(path, names, module, fused.get(id(module), ()))
+            compressible[path] = _describe(path, names, module)
     unmatched = [p for p in patterns if p not in matched]
     if unmatched:
         known = ", ".join([*compressible, *left_alone][:8])
@@ -197,11 +200,9 @@ def _has_parameters(module: nn.Module) -> bool:
     return own or parametrize.is_parametrized(module)
 
 
-def _describe(
-    path: str, names: tuple[str, ...], module: nn.Module, fused: tuple[FusedCall, ...]
-) -> Layer:
+def _describe(path: str, names: tuple[str, ...], module: nn.Module) -> Layer:
     if isinstance(module, nn.Linear | FactoredLinear):
-        return Layer(path, names, module, module.out_features, module.in_features, None, fused)
+        return Layer(path, names, module, module.out_features, module.in_features, None)
     assert isinstance(module, nn.Conv2d | FactoredConv2d)
     core = module.core if isinstance(module, FactoredConv2d) else module
     geometry = ConvGeometry.of(core)
@@ -209,7 +210,7 @@ def _describe(
 
 
 def _is_ours(hook: object) -> bool:
-    """Whether a hook is one of those that this library puts up for as long as a call takes."""
+    """Whether a hook or a forward is one that this library puts up for as long as a call takes."""
     while isinstance(hook, partial):
         hook = hook.func
     return str(getattr(hook, "__module__", "")).split(".")[0] == __name__.split(".")[0]
@@ -234,12 +235,14 @@ def _why_not(
         return f"{kind} is not a Linear or Conv2d" if matrix else f"{kind} has no weight matrix"
     if id(module) in opaque:
         return f"its weight is read directly by {opaque[id(module)]}, past its forward"
+    if "forward" in vars(module) and not _is_ours(vars(module)["forward"]):
+        return "its forward was replaced on the module itself, which would be lost with it"
     if overrides_forward(module):
         base = nn.Linear if isinstance(module, nn.Linear) else nn.Conv2d
         return f"{kind} overrides the forward of {base.__name__}"
     if parametrize.is_parametrized(module) or "weight" not in own:
         return f"the weight of {kind} is computed from other parameters (parametrized or masked)"
-    hooks = [hook for kind in _HOOKS for hook in getattr(module, kind).values()]
+    hooks = [hook for kind in HOOKS for hook in getattr(module, kind).values()]
     if any(_is_ours(hook) for hook in hooks):
         return (
             "another call of this library is at work on the model, in another thread perhaps: wait "
@@ -280,6 +283,6 @@ def _children_read_directly(model: nn.Module) -> dict[int, str]:
     return {
         id(child): type(parent).__name__
         for parent in model.modules()
-        if isinstance(parent, nn.MultiheadAttention)
+        if isinstance(parent, nn.MultiheadAttention) or goes_past_its_block(parent)
         for child in parent.children()
     }

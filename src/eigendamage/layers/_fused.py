@@ -1,53 +1,48 @@
-"""Modules that may compute with their layers' weights in one call, past the layers' own forward."""
+"""Modules that may compute with their layers' weights in one call, past the layers' own forward.
+
+torch's encoder layer does so where there are no gradients, no hooks and no training, and its
+activation is ReLU or GELU. The stack of them packs what is not padding for that call, and reads the
+first one's weights before. Of a factored layer either would read the product of the stages: the
+result is the same, and nothing is saved.
+"""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Collection
 
 from torch import nn
 
-# torch's encoder layer computes in one call where there are no gradients, no hooks and no training,
-# and its activation is ReLU or GELU. The stack of them packs what is not padding for that call, and
-# reads the first one's weights before.
 _SWITCHES: dict[type[nn.Module], str] = {
     nn.TransformerEncoder: "use_nested_tensor",
     nn.TransformerEncoderLayer: "activation_relu_or_gelu",
 }
+PACKING = _SWITCHES[nn.TransformerEncoder]
+"""The attribute that says whether batches with padding are packed, and unpacked with zeros."""
 SWITCHES = tuple(_SWITCHES.values())
 """Names of the attributes that allow such a call; 0 or False for no."""
 
 
-@dataclass(frozen=True)
-class FusedCall:
-    """What allows a module to compute with a layer's weight instead of calling the layer.
+def fused_calls(model: nn.Module, layers: Collection[nn.Module]) -> list[tuple[str, str]]:
+    """Dotted path and attribute of all that allows any of these layers to be read directly.
 
-    Of a factored layer it would read the product of the stages: the result is the same, and nothing
-    is saved.
-
-    Attributes:
-        holder: dotted path of the module.
-        attribute: its name.
-        value: what it is now, not 0.
+    A subclass with a ``forward`` of its own is taken to call its layers.
     """
+    ids = {id(layer) for layer in layers}
+    return [
+        (path, attribute)
+        for path, holder in model.named_modules()
+        for kind, attribute in _SWITCHES.items()
+        if type(holder).forward is kind.forward and getattr(holder, attribute, 0)
+        if any(id(module) in ids for module in holder.modules())
+    ]
 
-    holder: str
-    attribute: str
-    value: int
 
-
-def fused_calls(model: nn.Module) -> dict[int, tuple[FusedCall, ...]]:
-    """What allows each layer to be read directly, by the id of its module."""
-    found: dict[int, list[FusedCall]] = defaultdict(list)
-    for path, holder in model.named_modules():
-        for kind, attribute in _SWITCHES.items():
-            value = getattr(holder, attribute, 0) if isinstance(holder, kind) else 0
-            if value:
-                for block in holder.modules():
-                    if isinstance(block, nn.TransformerEncoderLayer):
-                        for child in block.children():
-                            found[id(child)].append(FusedCall(path, attribute, int(value)))
-    return {child: tuple(calls) for child, calls in found.items()}
+def goes_past_its_block(module: nn.Module) -> bool:
+    """Whether it is torch's encoder layer but for an inner block that its fused call goes past."""
+    known = nn.TransformerEncoderLayer
+    if not isinstance(module, known) or type(module).forward is not known.forward:
+        return False
+    return type(module)._ff_block is not known._ff_block  # pyright: ignore[reportPrivateUsage]
 
 
 def set_following(module: nn.Module, attribute: str, value: int) -> None:

@@ -13,11 +13,9 @@ from torch.nn.modules.instancenorm import InstanceNorm1d, InstanceNorm3d
 from torch.nn.utils import parametrize
 
 from eigendamage.layers._factored import FactoredConv2d, FactoredLinear
-from eigendamage.layers._find import find_layers, overrides_forward
+from eigendamage.layers._find import HOOKS, find_layers, overrides_forward
 from eigendamage.layers._slicing import Norm, is_depthwise, slice_channels
 from eigendamage.layers._trace import preserved_random_state
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def reasons_to_stay(model: nn.Module) -> dict[str, str]:
@@ -98,4 +96,4 @@ def _is_by_channel(norm: Norm) -> bool:
 
 
 def _is_hooked(module: nn.Module) -> bool:
-    return any(getattr(module, kind) for kind in _HOOKS)
+    return any(getattr(module, kind) for kind in HOOKS)

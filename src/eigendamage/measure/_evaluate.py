@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from eigendamage.curvature import (
 from eigendamage.errors import DataError
 from eigendamage.layers import evaluating
 from eigendamage.progress import track
+
+_LARGEST = math.log(sys.float_info.max)
 
 
 @dataclass(frozen=True)
@@ -61,9 +64,11 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float | None:
-        """The exponential of the mean loss of a position."""
+        """The exponential of the mean loss of a position; infinite from about 709 nats on."""
         loss = self.loss_per_position
-        return None if loss is None else math.exp(loss)
+        if loss is None:
+            return None
+        return math.exp(loss) if loss <= _LARGEST else math.inf
 
 
 def evaluate(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from eigendamage.batches import Batch, Data
 from eigendamage.calls import call, device_of
 from eigendamage.errors import LayerError
-from eigendamage.layers import Layer
+from eigendamage.layers import Layer, find_layers
 from eigendamage.measure._latency_cache import cache_file, store, stored
 from eigendamage.measure._timing import (
     Call,
@@ -53,7 +53,7 @@ def measure_latency_table(
     model: nn.Module,
     data: Data,
     *,
-    layers: Mapping[str, Layer],
+    layers: Mapping[str, Layer] | None = None,
     batch: int = 1,
     multiple: int = 8,
     cache: Path | None = None,
@@ -73,7 +73,8 @@ def measure_latency_table(
     Args:
         model: on the device that is asked about. It runs in eval mode and is left as it was.
         data: its first batch gives the inputs, which have to be tensors.
-        layers: of the model, as `find_layers` lists them; of one dtype.
+        layers: of the model, as `find_layers` lists them, of one dtype; by default all that run on
+            the data.
         batch: examples a call.
         multiple: what the ranks to measure are multiples of.
         cache: folder in which times of layers outlive the process, a file for each device, torch
@@ -145,9 +146,10 @@ class _Site:
 
 
 def _sites(
-    model: nn.Module, layers: Mapping[str, Layer], examples: Batch
+    model: nn.Module, wanted: Mapping[str, Layer] | None, examples: Batch
 ) -> dict[str, list[_Site]]:
-    """The calls of each layer in one forward pass."""
+    """The calls of each layer in one forward pass; None stands for all layers that run."""
+    layers = find_layers(model).compressible if wanted is None else wanted
     found: dict[str, list[_Site]] = {name: [] for name in layers}
 
     def watch(name: str, layer: Layer) -> Any:
@@ -167,10 +169,10 @@ def _sites(
     finally:
         for handle in handles:
             handle.remove()
-    for name, sites in found.items():
-        if not sites:
-            raise LayerError(name, "it does not run on the data given; leave it out of `layers`")
-    return found
+    silent = [name for name, sites in found.items() if not sites]
+    if wanted is not None and silent:
+        raise LayerError(silent[0], "it does not run on the data given; leave it out of `layers`")
+    return {name: sites for name, sites in found.items() if sites}
 
 
 def _is_channels_last(x: Tensor) -> bool:

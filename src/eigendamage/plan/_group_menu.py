@@ -71,18 +71,18 @@ def group_menus(
     """
     graph, left_alone = usable_groups(curvature, layers, ignored)
     found: dict[str, GroupMenu] = {}
-    taken: set[str] = set()
+    taken: dict[str, str] = {}  # the group that has a layer
     for name, group in sorted(graph.groups.items(), key=lambda item: _rank(*item, curvature)):
         members = _members(group)
         if any(not _is_plain(layers[m.module]) for m in group.readers):
             left_alone[f"channels of {name}"] = "a factored layer reads them, which is not repaired"
-        elif shared := taken.intersection(members):
+        elif shared := taken.keys() & set(members):
             left_alone[f"channels of {name}"] = (
-                f"'{min(shared)}' is in another group that is on the menu; they are weighed only "
-                f"all together"
+                f"'{min(shared)}' belongs to the channels of '{taken[min(shared)]}' too, which are "
+                f"on the menu; both are weighed only all together"
             )
         else:
-            taken.update(members)
+            taken.update(dict.fromkeys(members, name))
             found[name] = _menu(name, group, graph, layers, curvature, damping, multiple)
     return found, graph, left_alone
 

@@ -36,13 +36,14 @@ from eigendamage.plan._methods import (
     method_named,
     variant_of,
 )
-from eigendamage.plan._plan import CounterPlan, EigenBlock, Keep, LayerPlan, LowRank, Plan
+from eigendamage.plan._plan import Keep, LayerPlan, Plan
 from eigendamage.plan._task import Result, Task
 from eigendamage.plan._weights import plan_weights
 from eigendamage.seeds import check_seed
 
 
 @one_fate
+@torch.inference_mode(False)
 def make_plan(
     model: nn.Module,
     curvature: Curvature,
@@ -137,12 +138,24 @@ def make_plan(
         rank_by=rank_by,
         multiple=multiple,
     )
+    known = method_named(method)
+    allowed = wanted_actions(actions)
+    if not isinstance(refine, int) or refine < 0:  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise EigenDamageError(f"refine is {refine!r}; it must be a whole number from 0 on")
+    if not isinstance(known, AutoMethod):
+        beside = {"menus": menus, "calibration": calibration, "latency": latency, "floors": floors}
+        given = [name for name, value in beside.items() if value]
+        given += ["multiple"] if multiple != 1 else []
+        given += ["actions"] if allowed != ACTIONS else []
+        if given:
+            raise EigenDamageError(
+                f"for method='auto' alone, not for '{method}', are: {', '.join(given)}"
+            )
     kind = eigenvalues or curvature.kind
     if kind == "ekfac" and curvature.kind == "kfac":
         raise EigenDamageError(
             "eigenvalues='ekfac' needs λ, but the curvature was estimated with eigenvalues='kfac'"
         )
-    known = method_named(method)
     needed = ("patches",) if isinstance(known, AutoMethod) else known.needs
     missing = [extra for extra in needed if extra not in curvature.extras]
     if missing:
@@ -164,7 +177,6 @@ def make_plan(
     )
     match known:
         case AutoMethod():
-            allowed = wanted_actions(actions)
             found = menus or make_menus(
                 model,
                 curvature,
@@ -227,27 +239,13 @@ def _plan(task: Task, method: str, variant: str | None, result: Result) -> Plan:
         ratio=result.ratio,
         layers=planned,
         carriers=result.carriers,
-        counters=(*result.counters, *_fused_no_more(task, planned)),
+        counters=result.counters,
         left_alone={**task.curvature.left_alone, **result.left_alone},
         macs=(task.total.macs, result.left.macs),
         parameters=(task.total.parameters, result.left.parameters),
         bytes=(task.total.bytes, result.left.bytes),
         gap=result.gap,
         notes=result.notes if result.changes else (nothing,),
-    )
-
-
-def _fused_no_more(task: Task, planned: Mapping[str, LayerPlan]) -> Iterable[CounterPlan]:
-    """What keeps the modules around factored layers from reading their weights directly."""
-    calls = dict.fromkeys(
-        call
-        for name, layer in planned.items()
-        if isinstance(layer.action, EigenBlock | LowRank)
-        for call in task.layers[name].fused
-    )
-    return (
-        CounterPlan(module=call.holder, attribute=call.attribute, before=call.value, after=0)
-        for call in calls
     )
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import nn
 
 from eigendamage.errors import BudgetError
-from eigendamage.layers import FORMS, Cost
-from eigendamage.plan._budget import counted
+from eigendamage.layers import FORMS
+from eigendamage.plan._budget import Unit, counted
 from eigendamage.plan._calibrate import OF_CHANNELS, Calibration
 from eigendamage.plan._group_menu import GroupMenu
 from eigendamage.plan._knapsack import Allocation, allocate, least
@@ -24,6 +27,8 @@ from eigendamage.plan._task import Task
 
 Floats = NDArray[np.float64]
 _KINDS: dict[ActionKind, Kind] = {"low-rank": Kind.LOW_RANK, "blocks": Kind.BLOCK}
+
+_SHAPES = re.compile(r"shape \([^)]*\) |\d+")  # what differs between layers with the same reason
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,7 +202,7 @@ class Market:
         layer = self._task.layers[name]
         if unit == "latency":
             return self._table.as_it_is(name)
-        return _in_unit(layer.cost(self._task.curvature[name].shape), unit)
+        return counted(layer.cost(self._task.curvature[name].shape), cast(Unit, unit))
 
     def _outside(self, unit: str) -> float:
         """What of the whole model is in no site."""
@@ -209,7 +214,7 @@ class Market:
     def _group_as_it_is(self, group: GroupMenu, unit: str) -> float:
         if unit == "latency":
             return sum(self._as_it_is(m, unit) for m in group.members)
-        return _in_unit(group.whole, unit)
+        return counted(group.whole, cast(Unit, unit))
 
     def _group_site(self, group: GroupMenu) -> Site:
         prices = self._options.calibration.weighed(OF_CHANNELS + group.name, group.prices)
@@ -226,7 +231,7 @@ class Market:
 
     def _group_spent(self, group: GroupMenu, unit: str) -> Floats:
         if unit != "latency":
-            return np.array([_in_unit(cost, unit) for cost in group.costs])
+            return np.array([counted(cost, cast(Unit, unit)) for cost in group.costs])
         found = np.zeros(len(group.counts))
         for name, (outputs, inputs) in group.per_unit.items():
             layer = self._task.layers[name]
@@ -237,6 +242,8 @@ class Market:
 
     def _above_floors(self, group: GroupMenu) -> NDArray[np.bool_]:
         fine = np.full(len(group.counts), "channels" in self._options.actions)
+        if "latency" in self._limits and any(self._task.layers[m].factored for m in group.per_unit):
+            fine[:] = False  # the table has no times of stages with fewer channels
         for name, (outputs, inputs) in group.per_unit.items():
             layer = self._task.layers[name]
             left = (1 - outputs * group.counts / layer.outputs) * (
@@ -260,26 +267,31 @@ class Market:
 
 
 def _mostly_left_alone(task: Task) -> str:
-    """The most frequent reason for which weights are left alone, as a sentence; empty if none."""
-    reasons: dict[str, list[str]] = defaultdict(list)
+    """Why most of the weights that are left alone are, as a sentence; empty if none is.
+
+    By their number, as what they cost is not known of all; an embedding's count where parameters
+    do.
+    """
+    sizes = "params" in task.budget.given or "bytes" in task.budget.given
+    weights: dict[str, int] = defaultdict(int)
+    reasons: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for name, reason in {**task.curvature.left_alone, **task.ignored}.items():
-        if not name.startswith("channels of ") and "no weight matrix" not in reason:
-            reasons[reason].append(name)
+        if name.startswith("channels of ") or "no weight matrix" in reason:
+            continue
+        module = task.model.get_submodule(name)
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and not sizes:
+            continue
+        kind = _SHAPES.sub("", reason)
+        reasons[kind].append((name, reason))
+        weights[kind] += sum(p.numel() for p in module.parameters())
     if not reasons:
         return ""
-    reason, names = max(reasons.items(), key=lambda item: len(item[1]))
-    others = f" and {len(names) - 1} more" if len(names) > 1 else ""
-    return (
-        f" '{names[0]}'{others} cannot be cut: {reason}. Where you can, put plain nn.Linear or "
-        f"nn.Conv2d layers with the same outputs in their place."
-    )
-
-
-def _in_unit(cost: Cost, unit: str) -> float:
-    match unit:
-        case "macs":
-            return counted(cost, "macs")
-        case "bytes":
-            return counted(cost, "bytes")
-        case _:
-            return counted(cost, "params")
+    (name, reason), *more = reasons[max(weights, key=weights.__getitem__)]
+    others = f" and {len(more)} more" if more else ""
+    advice = ""
+    if "not a Linear or Conv2d" in reason:
+        advice = (
+            " Where you can, put plain nn.Linear or nn.Conv2d layers with the same outputs in "
+            "their place."
+        )
+    return f" '{name}'{others} cannot be cut: {reason}.{advice}"

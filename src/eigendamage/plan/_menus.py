@@ -118,6 +118,7 @@ def _pricing(layer: Layer) -> float:
 
 
 @one_fate
+@torch.inference_mode(False)
 def make_menus(
     model: nn.Module,
     curvature: Curvature,
@@ -235,10 +236,10 @@ def check_multiple(multiple: int) -> None:
     """Refuse what ranks and channels cannot be multiples of.
 
     Raises:
-        EigenDamageError: if it is below 1.
+        EigenDamageError: if it is no whole number of at least 1.
     """
-    if multiple < 1:
-        raise EigenDamageError(f"multiple is {multiple}; it must be at least 1")
+    if not isinstance(multiple, int) or multiple < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise EigenDamageError(f"multiple is {multiple!r}; it must be a whole number from 1 on")
 
 
 def wanted_actions(actions: Iterable[ActionKind]) -> tuple[ActionKind, ...]:

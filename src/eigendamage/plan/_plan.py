@@ -233,10 +233,7 @@ class CarrierPlan(Frozen):
 
 
 class CounterPlan(Frozen):
-    """An attribute of a module that has to follow what is done to its layers.
-
-    It counts heads or their channels, of which some go; or it allows a fused call, which would read
-    the product of a factored layer's stages, and is set to 0.
+    """An attribute of a module that counts heads or their channels, of which some go.
 
     Attributes:
         module: its dotted path.
@@ -263,7 +260,7 @@ class Plan(Document):
             Fewer go where a layer would not shrink, or one side would lose too many.
         layers: by dotted path, in the order in which they run.
         carriers: modules between the layers that lose channels, by dotted path.
-        counters: attributes of modules that have to follow.
+        counters: attributes of modules that have to follow what goes.
         left_alone: why other modules with parameters are not in the plan.
         macs: multiply-accumulates of one example in the whole model, before and after.
         parameters: parameters of the whole model, before and after.

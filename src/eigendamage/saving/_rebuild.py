@@ -108,7 +108,8 @@ def _check(path: str, module: nn.Module, form: ModuleForm) -> None:
         now = vars(module).get(attribute)
         if not isinstance(now, int) or now != before:
             raise MismatchError(
-                f"'{attribute}' of '{path}' is {now!r}, the saved model's original had {before}"
+                f"'{attribute}' of '{path}' is {now!r}, the saved model's original had "
+                f"{type(now)(before) if isinstance(now, int) else before!r}"
             )
     if form.stages is not None:
         conv = isinstance(form.stages.layers[0], ConvStage)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from torch import nn
 
 from eigendamage.curvature import Curvature
 from eigendamage.errors import EigenDamageError, MismatchError
 from eigendamage.layers import (
-    FOLLOWING,
+    COUNTERS,
     Layer,
     Origin,
     copy_model,
     find_layers,
+    fused_calls,
     recounted_origin,
     reshaped_origin,
     set_following,
@@ -88,8 +89,17 @@ def apply_plan(model: nn.Module, plan: Plan, curvature: Curvature) -> nn.Module:
         module = smaller.get_submodule(counter.module)
         set_origin(module, recounted_origin(module, counter.attribute, counter.before))
         set_following(module, counter.attribute, counter.after)
+    _call_factored_layers(smaller, replaced.values())
     set_made(smaller, Made(plan))
     return smaller
+
+
+def _call_factored_layers(model: nn.Module, factored: Collection[nn.Module]) -> None:
+    """Turn off what would read the weights of factored layers past their forward."""
+    for path, attribute in fused_calls(model, factored):
+        module = model.get_submodule(path)
+        set_origin(module, recounted_origin(module, attribute, int(getattr(module, attribute))))
+        set_following(module, attribute, 0)
 
 
 def _origin(layer: Layer, action: Action) -> Origin:
@@ -147,9 +157,9 @@ def _check_carrier(model: nn.Module, name: str, planned: CarrierPlan) -> None:
 
 def _check_counter(model: nn.Module, planned: CounterPlan) -> None:
     place = f"'{planned.attribute}' of '{planned.module}'"
-    if planned.attribute not in FOLLOWING:
+    if planned.attribute not in COUNTERS:
         raise MismatchError(
-            f"the plan sets {place}; attributes that follow what goes are {', '.join(FOLLOWING)}"
+            f"the plan sets {place}, which is no count of heads; those are {', '.join(COUNTERS)}"
         )
     try:
         found = getattr(model.get_submodule(planned.module), planned.attribute)

@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from eigendamage.batches import Batch
+from eigendamage.batches import Batch, Batches, Data
+from eigendamage.calls import device_of
 from eigendamage.curvature import Curvature, PositionDraws
 from eigendamage.errors import DataError, EigenDamageError, MismatchError
 from eigendamage.layers import (
@@ -54,10 +55,10 @@ class Repairs(Mapping[str, LayerRepair]):
 def repair_model(
     small: nn.Module,
     original: nn.Module,
-    data: Iterable[Batch],
+    data: Data,
     *,
-    held_out: Iterable[Batch],
-    curvature: Curvature | None,
+    held_out: Data,
+    curvature: Curvature | None = None,
     layers: Sequence[str] | None = None,
     outputs: Mapping[str, Sequence[int]] = {},
     ridge: float = 1e-3,
@@ -80,9 +81,10 @@ def repair_model(
     Args:
         small: the network to repair, made of the original by factoring layers and slicing channels.
         original: the network that it was made of. It is not touched.
-        data: batches to fit on, on the networks' device; can be gone through several times.
+        data: batches to fit on, in the same order in every pass.
         held_out: other batches, to judge by; likewise.
-        curvature: of the original, for S. The identity takes its place where it has no layer.
+        curvature: of the original, for S. The identity takes its place where there is none, or
+            where it has no layer.
         layers: dotted paths of the layers to repair; all compressible ones by default.
         outputs: for layers that lost outputs the indices of those that are left.
         ridge: how much a layer is drawn to the weights that it has, relative to the mean variance
@@ -104,8 +106,7 @@ def repair_model(
         raise EigenDamageError(
             f"ridge is {ridge} and positions is {positions}; expected at least 0 and 1"
         )
-    # What can be gone through only once is kept: its first batch is looked at beforehand.
-    parts = [list(p) if isinstance(p, Iterator) else p for p in (data, held_out)]
+    parts = [Batches(part, device_of(small)) for part in (data, held_out)]
     found, skipped = _selected(small, original, layers)
     with preserved_random_state():
         first = _first_batch(*parts)

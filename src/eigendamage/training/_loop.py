@@ -123,6 +123,8 @@ class _Run:
         self._best = 0
         self._best_state: dict[str, Tensor] = {}
         self._random: dict[str, Any] | None = None
+        # What an earlier backward pass of the caller left is no gradient of this loss.
+        self._optimizer.zero_grad(set_to_none=True)
 
     def share_out(self) -> None:
         """Average gradients over the processes from here on."""

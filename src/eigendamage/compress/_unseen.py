@@ -1,0 +1,71 @@
+"""What no measurement of a report sees, said as notes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from eigendamage.batches import Batch, tensors_in
+from eigendamage.calls import call, logits_of
+from eigendamage.layers import PACKING, evaluating, origin_of, preserved_random_state
+
+_MEND = (
+    "To keep it, compress a wrapper whose forward returns all that counts in one tensor, with "
+    "loss='mse', say"
+)
+
+
+def unseen(original: nn.Module, result: nn.Module, batch: Batch) -> Iterator[str]:
+    """Notes on outputs that the loss is not taken of, and on what is returned at padding.
+
+    Args:
+        original: the model that was given.
+        result: what became of it.
+        batch: to run both on.
+    """
+    before, after = (dict(_other_outputs(_output(model, batch))) for model in (original, result))
+    for name, was in before.items():
+        now = after.get(name)
+        if now is None or now.shape != was.shape:
+            moved = "has another form now"
+        else:
+            moved = f"moved by {_moved(was, now):.1%} of its spread (root mean square, one batch)"
+        yield f"the loss is not taken of the model's output {name}, which {moved}. {_MEND}"
+    for path, module in result.named_modules():
+        known = origin_of(module)
+        if known is not None and known.counts.get(PACKING) and not getattr(module, PACKING):
+            yield (
+                f"'{path}' no longer packs batches with padding, so that without gradients it "
+                f"returns other values than 0 there: mask them where they are read. Both models "
+                f"were measured unpacked"
+            )
+
+
+def _output(model: nn.Module, batch: Batch) -> Any:
+    with torch.no_grad(), preserved_random_state(), evaluating(model):
+        return call(model, batch)
+
+
+def _other_outputs(output: Any) -> Iterator[tuple[str, Tensor]]:
+    """What a model returned beside the tensor that the loss is taken of, by name or number."""
+    if isinstance(output, Mapping):
+        items = [(repr(k), v) for k, v in cast("Mapping[Any, Any]", output).items()]
+    elif isinstance(output, list | tuple):
+        items = [(str(k), v) for k, v in enumerate(cast("list[Any] | tuple[Any, ...]", output))]
+    else:
+        return
+    taken = logits_of(output)
+    for name, item in items:
+        found = [t for t in tensors_in(item) if t.is_floating_point() and t is not taken]
+        for number, tensor in enumerate(found):
+            yield (name if len(found) == 1 else f"{name}, tensor {number}"), tensor
+
+
+def _moved(was: Tensor, now: Tensor) -> float:
+    """The root mean square of the difference, of that of the deviation from the batch's mean."""
+    a, b = was.double(), now.double()
+    spread = (a - a.mean(0)).square().sum().sqrt()
+    return float((b - a).square().sum().sqrt() / spread.clamp_min(torch.finfo(a.dtype).tiny))

@@ -1,0 +1,87 @@
+"""What a report cannot measure is said in its notes."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import eigendamage as ed
+
+
+class TwoHeads(nn.Module):
+    """Classes by some inputs, a box by others, from one trunk."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.form = form
+        self.trunk = nn.Sequential(nn.Linear(8, 48), nn.ReLU(), nn.Linear(48, 48), nn.ReLU())
+        self.classes, self.box = nn.Linear(48, 3), nn.Linear(48, 4)
+
+    def forward(self, x: Tensor) -> Any:
+        h = self.trunk(x)
+        classes, box = self.classes(h), self.box(h)
+        return (classes, box) if self.form == "tuple" else {"logits": classes, "box": box}
+
+
+@pytest.mark.parametrize(("form", "name"), [("tuple", "1"), ("dict", "'box'")])
+def test_an_output_that_the_loss_is_not_of_is_told_with_how_far_it_moved(
+    form: str, name: str
+) -> None:
+    torch.manual_seed(0)
+    model = TwoHeads(form).eval()
+    data = list(torch.randn(120, 8).split(20))
+    result = ed.compress(model, data, budget=ed.Budget(macs=0.5), progress=False)
+    (note,) = [note for note in result.report.notes if "the loss is not taken of" in note]
+    assert f"output {name}, which moved by" in note
+    with torch.no_grad():
+        before, after = (
+            (out[1] if form == "tuple" else out["box"])
+            for out in (model(data[0]), result.model(data[0]))
+        )
+    spread = (before - before.mean(0)).norm()
+    found = re.search(r"moved by ([\d.]+)%", note)
+    assert found is not None
+    assert float(found[1]) == pytest.approx(100 * float((after - before).norm() / spread), abs=0.1)
+
+
+def test_all_outputs_in_one_tensor_are_seen() -> None:
+    class Joined(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat(self.inner(x), 1)
+
+    torch.manual_seed(0)
+    model = Joined(TwoHeads("tuple")).eval()
+    data = list(torch.randn(120, 8).split(20))
+    result = ed.compress(model, data, budget=ed.Budget(macs=0.5), loss="mse", progress=False)
+    assert not [note for note in result.report.notes if "not taken of" in note]
+    assert len(result.model.inner(data[0])) == 2
+
+
+def test_values_at_padding_are_told() -> None:
+    class Padded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            layer = nn.TransformerEncoderLayer(8, 2, 32, batch_first=True)
+            self.encoder = nn.TransformerEncoder(layer, 1)
+            self.head = nn.Linear(8, 3)
+
+        def forward(self, x: Tensor, padding: Tensor) -> Tensor:
+            return self.head(self.encoder(x, src_key_padding_mask=padding)[:, 0])
+
+    torch.manual_seed(0)
+    padding = torch.arange(4)[None].expand(20, 4) >= 3
+    data = [{"x": torch.randn(20, 4, 8), "padding": padding} for _ in range(6)]
+    options: dict[str, Any] = {"budget": ed.Budget(macs=0.7), "progress": False}
+    model = Padded().eval()
+    result = ed.compress(model, data, actions=("low-rank",), **options)
+    assert any("'encoder' no longer packs" in note for note in result.report.notes)
+    narrow = ed.compress(model, data, actions=("channels",), **options)
+    assert not any("packs" in note for note in narrow.report.notes)
