@@ -52,7 +52,7 @@ def once(
     """One round; ``before`` is what it comes after, None for the first."""
     auto = options.auto
     eval_data = kept(eval_data)
-    ready = prepared_for(model, data, options)
+    ready = prepared(model, data, options)
     settings = ready.settings
     ignored = options.ignore
     if curvature is None:
@@ -131,7 +131,10 @@ def with_statistics_anew(built: Built, ready: Preparation) -> nn.Module | None:
     with ready.settings.clock.stage("batch norm"):
         again = copy_model(built.model)
         norms = recalibrate_batchnorm(
-            again, ready.data, max_examples=ready.max_examples, progress=ready.settings.progress
+            again,
+            ready.data,
+            max_examples=ready.options.max_examples,
+            progress=ready.settings.progress,
         )
     return again if norms else None
 
@@ -167,34 +170,6 @@ def _polished(
         )
         return None, TrainingReport.of(done)
     return learned, TrainingReport.of(done)
-
-
-def prepared_for(model: nn.Module, data: Data, options: Options) -> Preparation:
-    """What comes before the plan of a round."""
-    return prepared(
-        model,
-        data,
-        [options.budget],
-        method=options.method,
-        loss=options.loss,
-        fisher=options.fisher,
-        eigenvalues=options.eigenvalues,
-        max_ratio=options.max_ratio,
-        damping=options.damping,
-        actions=options.actions,
-        multiple=options.multiple,
-        floors=options.floors,
-        refine=options.refine,
-        calibrate=options.calibrate,
-        repair=options.repair,
-        polish=options.polish is not None,
-        latency_batch=options.latency_batch,
-        max_examples=options.max_examples,
-        max_memory=options.max_memory,
-        reduction=options.reduction,
-        seed=options.seed,
-        progress=options.progress,
-    )
 
 
 def plan_of(

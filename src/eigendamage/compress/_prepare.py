@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 from torch import nn
 
 from eigendamage.batches import Data, kept
 from eigendamage.calls import device_of, require_gradients_possible
+from eigendamage.compress._result import Options
 from eigendamage.compress._search import Timing
 from eigendamage.compress._split import Parts, split
 from eigendamage.compress._steps import Clock, Planning, Settings, Source
 from eigendamage.curvature import (
     Curvature,
-    EigenvalueKind,
     Extra,
-    Fisher,
     Loss,
     PredictiveHead,
     estimate_curvature,
@@ -30,12 +28,10 @@ from eigendamage.layers import ON_REQUEST, find_layers, require_copyable
 from eigendamage.measure import measure_latency_table
 from eigendamage.plan import (
     ACTIONS,
-    ActionKind,
-    AutoMethod,
     Budget,
     LatencyTable,
+    check_refine,
     make_menus,
-    method_named,
     needs,
     wanted_actions,
 )
@@ -53,36 +49,21 @@ class Preparation:
 
     Attributes:
         data: all of it; can be gone through several times.
+        options: what was asked for.
         settings: what the steps after this share.
-        method: see `make_plan`.
-        fisher: which labels the curvature takes.
-        eigenvalues: λ, or the paper's Λ_S Λ_A.
-        max_ratio: the most of one side of a layer that may go.
         multiple: ranks and channels left are multiples of this.
         timing: how latency is measured.
         timed: whether a budget asks for it.
-        max_examples: the most examples of ``data`` to use.
-        max_memory: what the sums of the curvature's passes may take.
         notes: what a user should know of it; grows along the way.
     """
 
     data: Data
+    options: Options
     settings: Settings
-    method: str
-    fisher: Fisher
-    eigenvalues: EigenvalueKind
-    max_ratio: float
     multiple: int
     timing: Timing
     timed: bool
-    max_examples: int | None
-    max_memory: int | str | None
     notes: list[str] = field(default_factory=list[str])
-
-    @property
-    def auto(self) -> bool:
-        """Whether plans are made from menus."""
-        return isinstance(method_named(self.method), AutoMethod)
 
     def curvature(self, model: nn.Module, ignore: Iterable[str]) -> Curvature:
         """The curvature of a model with what the method needs.
@@ -92,14 +73,14 @@ class Preparation:
         Raises:
             ChannelError: if another method needs them.
         """
-        also = needs(self.method)
-        if self.auto and "channels" not in self.settings.planning.actions:
+        also = needs(self.options.method)
+        if self.options.auto and "channels" not in self.settings.planning.actions:
             also = ("patches",)
         with self.settings.clock.stage("curvature"):
             try:
                 return self._estimated(model, ignore, also)
             except ChannelError as error:
-                if not self.auto:
+                if not self.options.auto:
                     raise
                 self.notes.append(f"channels are not on the menu: {error}")
                 return self._estimated(model, ignore, ("patches",))
@@ -112,11 +93,11 @@ class Preparation:
             model,
             self.data if parts is None else parts.fit,
             loss=settings.loss,
-            fisher=self.fisher,
-            eigenvalues=self.eigenvalues,
+            fisher=self.options.fisher,
+            eigenvalues=self.options.eigenvalues,
             ignore=ignore,
-            max_examples=self.max_examples if parts is None else None,
-            max_memory=self.max_memory,
+            max_examples=self.options.max_examples if parts is None else None,
+            max_memory=self.options.max_memory,
             also=also,
             reduction=settings.reduction,
             seed=settings.seed,
@@ -139,7 +120,7 @@ class Preparation:
                 curvature,
                 actions=self.settings.planning.actions,
                 damping=self.settings.planning.damping,
-                max_ratio=self.max_ratio,
+                max_ratio=self.options.max_ratio,
                 multiple=self.multiple,
                 ignore=ignore,
                 progress=self.settings.progress,
@@ -173,34 +154,15 @@ class Preparation:
 
 
 def prepared(
-    model: nn.Module,
-    data: Data,
-    budgets: Sequence[Budget],
-    *,
-    method: str,
-    loss: Loss,
-    fisher: Fisher,
-    eigenvalues: EigenvalueKind,
-    max_ratio: float,
-    damping: float,
-    actions: Iterable[ActionKind],
-    multiple: int | None,
-    floors: Mapping[str, float] | None,
-    refine: int,
-    calibrate: bool | None,
-    repair: bool | None,
-    polish: bool,
-    latency_batch: int,
-    max_examples: int | None,
-    max_memory: int | str | None,
-    reduction: Literal["mean", "sum"],
-    seed: int,
-    progress: bool,
+    model: nn.Module, data: Data, options: Options, budgets: Sequence[Budget] | None = None
 ) -> Preparation:
     """Settle what `compress` leaves open, and hold out data where something is judged by it.
 
-    Args are those of `compress`; ``budgets`` are all that are to be met, ``polish`` is whether
-    there will be one.
+    Args:
+        model: the model.
+        data: some of its inputs.
+        options: of `compress`.
+        budgets: all that are to be met; that of the options by default.
 
     Raises:
         DataError: if nothing can be held out.
@@ -209,57 +171,52 @@ def prepared(
     """
     require_gradients_possible(model)
     require_copyable(model)
-    if latency_batch < 1:
-        raise EigenDamageError(f"latency_batch is {latency_batch}; it must be at least 1")
-    if refine < 0:
-        raise EigenDamageError(f"refine is {refine}; it must be at least 0")
-    allowed = wanted_actions(actions)
-    auto = isinstance(method_named(method), AutoMethod)
-    if not auto and (floors or multiple is not None or allowed != ACTIONS):
+    if options.latency_batch < 1:
+        raise EigenDamageError(f"latency_batch is {options.latency_batch}; it must be at least 1")
+    check_refine(options.refine)
+    allowed = wanted_actions(options.actions)
+    auto, calibrate = options.auto, options.calibrate
+    if not auto and (options.floors or options.multiple is not None or allowed != ACTIONS):
         raise EigenDamageError(
-            f"floors, multiple and actions are for method='auto', not for '{method}'"
+            f"floors, multiple and actions are for method='auto', not for '{options.method}'"
         )
     if not auto and calibrate:
         raise EigenDamageError(
-            f"prices are calibrated for method='auto' alone; leave calibrate out for '{method}'"
+            f"prices are calibrated for method='auto' alone; leave calibrate out for "
+            f"'{options.method}'"
         )
-    predictive = isinstance(head_of(loss, reduction), PredictiveHead)
+    predictive = isinstance(head_of(options.loss, options.reduction), PredictiveHead)
+    polish = options.polish is not None
     if polish and not predictive:
         raise LossError(
             "a polish needs a loss with a divergence, one of those that go by name, not a function"
         )
-    repair = auto if repair is None else repair
+    repair = auto if options.repair is None else options.repair
     calibrate = (auto and predictive) if calibrate is None else calibrate
     # One view of the data for all stages: a generator is used up by the first.
     data = kept(data)
+    budgets = [options.budget] if budgets is None else budgets
     parts: Parts | None = None
     if repair or calibrate or polish or any(budget.loss is not None for budget in budgets):
-        parts = split(data, device_of(model), max_examples)
+        parts = split(data, device_of(model), options.max_examples)
     timed = any(budget.latency is not None for budget in budgets)
-    if multiple is None:
-        multiple = _LATENCY_MULTIPLE if timed else 1
     return Preparation(
         data=data,
+        options=options,
         settings=Settings(
             parts=parts,
-            loss=loss,
-            reduction=reduction,
+            loss=options.loss,
+            reduction=options.reduction,
             repair=repair,
             calibrated=calibrate,
-            planning=Planning(damping, refine, floors, allowed),
+            planning=Planning(options.damping, options.refine, options.floors, allowed),
             clock=Clock(),
-            seed=seed,
-            progress=progress,
+            seed=options.seed,
+            progress=options.progress,
         ),
-        method=method,
-        fisher=fisher,
-        eigenvalues=eigenvalues,
-        max_ratio=max_ratio,
-        multiple=multiple,
-        timing=Timing(data, latency_batch),
+        multiple=options.multiple or (_LATENCY_MULTIPLE if timed else 1),
+        timing=Timing(data, options.latency_batch),
         timed=timed,
-        max_examples=max_examples,
-        max_memory=max_memory,
         notes=[] if predictive or not auto else [_NOT_PREDICTIVE],
     )
 

@@ -12,9 +12,9 @@ from torch import nn
 from eigendamage.batches import Data
 from eigendamage.columns import fitted
 from eigendamage.compress._compress import check_steps, polish_config
-from eigendamage.compress._once import check, plan_of, prepared_for
+from eigendamage.compress._once import check, plan_of
 from eigendamage.compress._planned import planned
-from eigendamage.compress._prepare import require_loss
+from eigendamage.compress._prepare import prepared, require_loss
 from eigendamage.compress._result import Options
 from eigendamage.compress._search import smaller
 from eigendamage.curvature import Curvature, EigenvalueKind, Fisher, Loss
@@ -131,7 +131,7 @@ def preview(
     check(options)
     check_steps(shots, rounds, 0, auto=options.auto, budget=budget)
     options = replace(options, budget=budget.step(1 / max(shots, rounds), {}))
-    ready = prepared_for(model, fitted(data, model), options)
+    ready = prepared(model, fitted(data, model), options)
     ignored = options.ignore
     if curvature is None:
         curvature, ignored = ready.curvature(model, ignored), ()

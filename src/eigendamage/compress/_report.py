@@ -81,7 +81,7 @@ def report_of(
             versions,
             data if eval_data is None else eval_data,
             loss=settings.loss,
-            max_examples=ready.max_examples if eval_data is None else None,
+            max_examples=ready.options.max_examples if eval_data is None else None,
             reduction=settings.reduction,
             progress=settings.progress,
         )
@@ -104,7 +104,7 @@ def report_of(
     prices = [shot.plan.price for shot in chain]
     sizes = count(beside.original, data), count(versions[-1], data)
     doubt = () if truth is None or truth.note is None else (truth.note,)
-    batch = Batches(data, device_of(model), ready.max_examples).peek()
+    batch = Batches(data, device_of(model), ready.options.max_examples).peek()
     unmeasured = tuple(unseen(beside.original, versions[-1], batch)) if plan.changed else ()
     return Report(
         model=type(beside.original).__name__,

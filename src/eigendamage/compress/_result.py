@@ -10,6 +10,7 @@ from torch import nn
 
 from eigendamage.curvature import Curvature, EigenvalueKind, Fisher, Loss
 from eigendamage.plan import (
+    ACTIONS,
     ActionKind,
     AutoMethod,
     Budget,
@@ -66,33 +67,33 @@ class Options:
     """The arguments of `compress` that say how one round goes."""
 
     budget: Budget
-    method: str
-    variant: str | None
-    loss: Loss
-    fisher: Fisher
-    eigenvalues: EigenvalueKind
-    max_ratio: float
-    form: FormChoice
-    damping: float
-    rank_by: RankBy | None
-    ignore: tuple[str, ...]
-    actions: Iterable[ActionKind]
-    multiple: int | None
-    floors: Mapping[str, float] | None
-    refine: int
-    calibrate: bool | None
-    repair: bool | None
-    polish: PolishConfig | None
-    shots: int
-    back: bool  # whether a shot that makes it worse is taken back
-    latency_batch: int
-    max_examples: int | None
-    max_memory: int | str | None
-    recalibrate: bool | None
-    calibration_examples: int | None
-    reduction: Literal["mean", "sum"]
-    seed: int
-    progress: bool
+    method: str = "auto"
+    variant: str | None = None
+    loss: Loss = "cross_entropy"
+    fisher: Fisher = "mc"
+    eigenvalues: EigenvalueKind = "ekfac"
+    max_ratio: float = 0.95
+    form: FormChoice = "cheapest"
+    damping: float = 1e-3
+    rank_by: RankBy | None = None
+    ignore: tuple[str, ...] = ()
+    actions: Iterable[ActionKind] = ACTIONS
+    multiple: int | None = None
+    floors: Mapping[str, float] | None = None
+    refine: int = 30
+    calibrate: bool | None = None
+    repair: bool | None = None
+    polish: PolishConfig | None = None
+    shots: int = 1
+    back: bool = False  # whether a shot that makes it worse is taken back
+    latency_batch: int = 1
+    max_examples: int | None = None
+    max_memory: int | str | None = None
+    recalibrate: bool | None = None
+    calibration_examples: int | None = None
+    reduction: Literal["mean", "sum"] = "mean"
+    seed: int = 0
+    progress: bool = True
 
     @property
     def auto(self) -> bool:

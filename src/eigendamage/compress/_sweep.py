@@ -13,9 +13,10 @@ from torch import nn
 from eigendamage.batches import Data, kept
 from eigendamage.calls import device_of
 from eigendamage.columns import fitted
-from eigendamage.compress._once import with_statistics_anew
+from eigendamage.compress._once import check, with_statistics_anew
 from eigendamage.compress._planned import planned
 from eigendamage.compress._prepare import Preparation, prepared, require_loss
+from eigendamage.compress._result import Options
 from eigendamage.compress._search import smaller
 from eigendamage.compress._steps import Source
 from eigendamage.curvature import Curvature, Fisher, Loss
@@ -23,9 +24,8 @@ from eigendamage.distributed import one_fate
 from eigendamage.errors import BudgetError, EigenDamageError
 from eigendamage.layers import preserved_random_state
 from eigendamage.measure import Evaluation, evaluate
-from eigendamage.plan import ACTIONS, ActionKind, Budget, check_options
+from eigendamage.plan import ACTIONS, ActionKind, Budget
 from eigendamage.report import Environment, Measured, Sweep, SweepRow
-from eigendamage.seeds import check_seed
 
 BUDGETS: tuple[Budget, ...] = tuple(Budget(macs=tenths / 10) for tenths in range(9, 1, -1))
 """What `sweep` goes through by default: 0.9 to 0.2 of the MACs."""
@@ -55,6 +55,7 @@ def sweep(
     repair: bool = True,
     latency_batch: int = 1,
     max_examples: int | None = None,
+    max_memory: int | str | None = None,
     reduction: Literal["mean", "sum"] = "mean",
     seed: int = 0,
     progress: bool = True,
@@ -84,12 +85,14 @@ def sweep(
         multiple: ranks and channels left are multiples of this; by default 8 if there is a budget
             of latency, and 1 otherwise.
         floors: by shell pattern the fraction of a layer's MACs that has to stay.
-        refine: the most L-BFGS steps on an input basis.
+        refine: the most L-BFGS steps on an input basis; fewer than `compress` takes, as it is done
+            for every budget.
         calibrate: whether prices are corrected by what layers are measured to cost alone.
         repair: whether models that are built are repaired. If not, the statistics of their batch
             norms are measured again.
         latency_batch: examples a call where latency is measured.
         max_examples: the most examples of ``data`` to use.
+        max_memory: what the sums of the curvature's passes may take.
         reduction: what a loss function that returns one number has done over the batch.
         seed: of the draws of labels and positions.
         progress: whether to show progress.
@@ -105,44 +108,31 @@ def sweep(
     """
     budgets = (budgets,) if isinstance(budgets, Budget) else tuple(budgets)
     to_measure = _to_measure(budgets, measure)
-    check_seed(seed)
-    check_options(
-        budgets[0],
-        method="auto",
-        variant=None,
-        max_ratio=max_ratio,
-        form="cheapest",
-        damping=damping,
-        rank_by=None,
-        multiple=multiple,
-    )
-    data, eval_data = fitted(data, model), fitted(eval_data, model)
-    eval_data = kept(eval_data)
-    ready = prepared(
-        model,
-        data,
-        budgets,
-        method="auto",
+    options = Options(
+        budget=budgets[0],
         loss=loss,
         fisher=fisher,
-        eigenvalues="ekfac",
         max_ratio=max_ratio,
         damping=damping,
-        actions=actions,
+        ignore=(ignore,) if isinstance(ignore, str) else tuple(ignore),
+        actions=tuple(actions),
         multiple=multiple,
         floors=floors,
         refine=refine,
         calibrate=calibrate,
         repair=repair,
-        polish=False,
         latency_batch=latency_batch,
         max_examples=max_examples,
-        max_memory=None,
+        max_memory=max_memory,
         reduction=reduction,
         seed=seed,
         progress=progress,
     )
-    ignored = (ignore,) if isinstance(ignore, str) else tuple(ignore)
+    check(options)
+    data, eval_data = fitted(data, model), fitted(eval_data, model)
+    eval_data = kept(eval_data)
+    ready = prepared(model, data, options, budgets)
+    ignored = options.ignore
     if curvature is None:
         curvature, ignored = ready.curvature(model, ignored), ()
     require_loss(curvature, loss)
@@ -224,7 +214,7 @@ class _Judge:
                 data if self.eval_data is None else self.eval_data,
                 loss=settings.loss,
                 reference=original,
-                max_examples=self.ready.max_examples if self.where == "data" else None,
+                max_examples=self.ready.options.max_examples if self.where == "data" else None,
                 reduction=settings.reduction,
                 progress=settings.progress,
             )

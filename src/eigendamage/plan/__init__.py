@@ -5,8 +5,9 @@ from eigendamage.plan._budget import Budget, Unit
 from eigendamage.plan._calibrate import OF_CHANNELS, Calibration, Point
 from eigendamage.plan._calibrated import calibrated_plan, calibrated_price
 from eigendamage.plan._channels import RankBy
+from eigendamage.plan._checks import check_max_ratio, check_options, check_refine
 from eigendamage.plan._latency import LatencyTable
-from eigendamage.plan._make import check_max_ratio, check_options, make_plan
+from eigendamage.plan._make import make_plan
 from eigendamage.plan._menu import metric_of
 from eigendamage.plan._menus import ACTIONS, ActionKind, Menus, make_menus, wanted_actions
 from eigendamage.plan._methods import (
@@ -66,6 +67,7 @@ __all__ = [
     "calibrated_price",
     "check_max_ratio",
     "check_options",
+    "check_refine",
     "make_menus",
     "make_plan",
     "method_named",

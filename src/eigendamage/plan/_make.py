@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import get_args
 
 import torch
 from torch import nn
 
 from eigendamage.curvature import Curvature, EigenvalueKind
 from eigendamage.distributed import from_first, one_fate
-from eigendamage.errors import BudgetError, DataError, EigenDamageError, MismatchError
+from eigendamage.errors import DataError, EigenDamageError, MismatchError
 from eigendamage.plan._auto import plan_auto
 from eigendamage.plan._blocks import FormChoice, plan_blocks
 from eigendamage.plan._budget import Budget, cost_of
 from eigendamage.plan._calibrate import Calibration
 from eigendamage.plan._channels import RankBy, plan_channels, ranked_per
+from eigendamage.plan._checks import check_options, check_refine, refuse_options_of_auto
 from eigendamage.plan._latency import LatencyTable
 from eigendamage.plan._market import AutoOptions
 from eigendamage.plan._matching import ignored_layers, matching_layers
@@ -23,7 +23,6 @@ from eigendamage.plan._menus import (
     ACTIONS,
     ActionKind,
     Menus,
-    check_multiple,
     make_menus,
     wanted_actions,
 )
@@ -34,7 +33,6 @@ from eigendamage.plan._methods import (
     Method,
     WeightMethod,
     method_named,
-    variant_of,
 )
 from eigendamage.plan._plan import Keep, LayerPlan, Plan
 from eigendamage.plan._task import Result, Task
@@ -140,17 +138,18 @@ def make_plan(
     )
     known = method_named(method)
     allowed = wanted_actions(actions)
-    if not isinstance(refine, int) or refine < 0:  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise EigenDamageError(f"refine is {refine!r}; it must be a whole number from 0 on")
-    if not isinstance(known, AutoMethod):
-        beside = {"menus": menus, "calibration": calibration, "latency": latency, "floors": floors}
-        given = [name for name, value in beside.items() if value]
-        given += ["multiple"] if multiple != 1 else []
-        given += ["actions"] if allowed != ACTIONS else []
-        if given:
-            raise EigenDamageError(
-                f"for method='auto' alone, not for '{method}', are: {', '.join(given)}"
-            )
+    check_refine(refine)
+    refuse_options_of_auto(
+        method,
+        {
+            "menus": menus,
+            "calibration": calibration,
+            "latency": latency,
+            "floors": floors,
+            "multiple": multiple != 1,
+            "actions": allowed != ACTIONS,
+        },
+    )
     kind = eigenvalues or curvature.kind
     if kind == "ekfac" and curvature.kind == "kfac":
         raise EigenDamageError(
@@ -247,58 +246,3 @@ def _plan(task: Task, method: str, variant: str | None, result: Result) -> Plan:
         gap=result.gap,
         notes=result.notes if result.changes else (nothing,),
     )
-
-
-def check_max_ratio(max_ratio: float) -> None:
-    """Refuse a fraction of a side that leaves nothing of it, or takes nothing.
-
-    Raises:
-        EigenDamageError: if it does.
-    """
-    if not isinstance(max_ratio, int | float) or not 0 < max_ratio < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise EigenDamageError(f"max_ratio is {max_ratio!r}; it must be above 0 and below 1")
-
-
-def check_options(
-    budget: Budget,
-    *,
-    method: str,
-    variant: str | None,
-    max_ratio: float,
-    form: FormChoice,
-    damping: float,
-    rank_by: RankBy | None,
-    multiple: int | None = None,
-) -> str | None:
-    """Refuse options that cannot be meant, before anything is computed; return the variant meant.
-
-    Raises:
-        BudgetError: if the budget is no `Budget`.
-        EigenDamageError: if the method, variant or form is unknown, or a number out of range.
-    """
-    if not isinstance(budget, Budget):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise BudgetError(f"the budget is {budget!r}; give eigendamage.Budget(macs=0.5), say")
-    check_max_ratio(max_ratio)
-    if multiple is not None:
-        check_multiple(multiple)
-    if not isinstance(damping, int | float) or not damping > 0:  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise EigenDamageError(f"damping is {damping!r}; it must be above 0")
-    for what, given, choices in (
-        ("form", form, get_args(FormChoice)),
-        ("rank_by", rank_by, (None, *get_args(RankBy))),
-    ):
-        if given not in choices:
-            known = ", ".join(str(choice) for choice in choices if choice is not None)
-            raise EigenDamageError(f"{what} '{given}' is unknown; known are {known}")
-    meant = variant_of(method, variant)
-    auto = isinstance(method_named(method), AutoMethod)
-    if not auto and not budget.limits and budget.ratio is None:
-        raise BudgetError(f"a budget of {budget} is for method='auto', not for '{method}'")
-    if not auto and budget.latency is not None:
-        raise BudgetError(f"a budget of latency is for method='auto', not for '{method}'")
-    blocks = isinstance(method_named(method), BlockMethod)
-    if form != "cheapest" and not blocks:
-        raise EigenDamageError(f"form='{form}' is for eigendamage, not for '{method}'")
-    if rank_by is not None and not isinstance(method_named(method), ChannelMethod):
-        raise EigenDamageError(f"rank_by is for methods that remove channels, not for '{method}'")
-    return meant

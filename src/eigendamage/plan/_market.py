@@ -28,6 +28,7 @@ from eigendamage.plan._task import Task
 Floats = NDArray[np.float64]
 _KINDS: dict[ActionKind, Kind] = {"low-rank": Kind.LOW_RANK, "blocks": Kind.BLOCK}
 
+_REPLACEABLE = ("not a Linear or Conv2d", "overrides the forward")
 _SHAPES = re.compile(r"shape \([^)]*\) |\d+")  # what differs between layers with the same reason
 
 
@@ -289,7 +290,7 @@ def _mostly_left_alone(task: Task) -> str:
     (name, reason), *more = reasons[max(weights, key=weights.__getitem__)]
     others = f" and {len(more)} more" if more else ""
     advice = ""
-    if "not a Linear or Conv2d" in reason:
+    if any(words in reason for words in _REPLACEABLE):
         advice = (
             " Where you can, put plain nn.Linear or nn.Conv2d layers with the same outputs in "
             "their place."
