@@ -185,13 +185,16 @@ def _scale(
 
 
 def _first_batch(data: Iterable[Batch], held_out: Iterable[Batch]) -> Batch:
-    first, other = next(iter(data), None), next(iter(held_out), None)
-    if first is None or other is None:
-        missing = "data" if first is None else "held_out"
-        raise DataError(
-            f"{missing} has no batch; a repair needs some to fit on and some to judge by"
-        )
-    return first
+    found: list[Batch] = []
+    for what, part in (("data", data), ("held_out", held_out)):
+        try:
+            found.append(next(iter(part)))
+        except DataError as error:
+            raise DataError(
+                f"{what} has no batch that a repair can take, which needs some to fit on and some "
+                f"to judge by: {error}"
+            ) from error
+    return found[0]
 
 
 def _nothing(_output: object) -> list[Tensor]:
