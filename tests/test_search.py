@@ -153,7 +153,11 @@ def _forms(shape: LayerShape) -> FormTimes:
 
 
 def _table(curvature: ed.Curvature, rest: float = 0.0) -> LatencyTable:
-    layers = find_layers(_model()).compressible
+    return _table_of(_model(), curvature, rest)
+
+
+def _table_of(model: nn.Module, curvature: ed.Curvature, rest: float = 0.0) -> LatencyTable:
+    layers = find_layers(model).compressible
     dense = {
         name: PER_MAC * layer.cost(curvature[name].shape).macs for name, layer in layers.items()
     }
@@ -386,3 +390,34 @@ def test_rounds_take_back_a_step_that_makes_it_worse(
 def test_steps_that_cannot_be_meant_are_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(ed.EigenDamageError, match=message):
         _compress(ed.Budget(macs=0.5), **options)
+
+
+def test_channels_that_a_factored_layer_makes_are_not_timed_as_those_of_a_dense_one() -> None:
+    """A table has no times of stages with fewer outputs, so they are not cut for time."""
+    dense = _model()
+    first = ed.compress(
+        dense,
+        _batches(),
+        budget=ed.Budget(macs=0.7),
+        actions=("low-rank",),
+        multiple=1,
+        progress=False,
+    )
+    factored = {name for name, layer in first.plan.layers.items() if layer.changes}
+    model = first.model
+    curvature = ed.estimate_curvature(
+        model, _batches(), also=("patches", "channels"), progress=False
+    )
+    table = _table_of(model, curvature)
+    menus = ed.make_menus(model, curvature, progress=False)
+    makers = {name for group in menus.groups.values() for name in group.per_unit}
+    assert makers & factored
+    with pytest.raises(ed.BudgetError, match="least that can be reached"):
+        ed.make_plan(
+            model,
+            curvature,
+            ed.Budget(latency=0.95),
+            actions=("channels",),
+            menus=menus,
+            latency=table,
+        )
