@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -73,8 +74,27 @@ def test_what_a_loader_s_dataset_draws_is_the_same_in_every_pass() -> None:
     assert passes[0] == passes[1]
 
 
-def test_nothing_that_is_held_out_of_a_shuffling_loader_is_fitted_on() -> None:
-    parts = split(_shuffled(), CPU, None)
+class Unsteady:
+    """Draws anew in every pass."""
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(torch.randn(120, 10).split(20))
+
+
+def test_data_that_is_another_in_every_pass_is_told() -> None:
+    budget = ed.Budget(macs=0.7)
+    result = ed.compress(_network(), Unsteady(), budget=budget, progress=False)
+    assert any("did not begin with the same batch" in note for note in result.report.notes)
+    steady = ed.compress(_network(), _data(), budget=budget, progress=False)
+    assert not any("begin with" in note for note in steady.report.notes)
+
+
+@pytest.mark.parametrize("form", ["loader", "images"])
+def test_nothing_that_is_held_out_of_what_shuffles_is_fitted_on(form: str) -> None:
+    numbered = ed.zoo.ImageSet(torch.arange(60).float().view(60, 1, 1, 1))
+    data = _shuffled() if form == "loader" else numbered.batches(5, shuffle_seed=3)
+    parts = split(data, CPU, None)
+    assert parts.steady
     for _ in range(2):
         fitted, held_out = set(_seen(parts.fit)), set(_seen(parts.held_out))
         assert held_out

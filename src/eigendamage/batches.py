@@ -103,9 +103,9 @@ class Batches:
     """Data that can be gone through several times, on one device, up to ``limit`` examples.
 
     A one-shot iterator (a generator, say) is kept in memory on the first pass, because most of what
-    is built on curvature needs two; a DataLoader draws the same in every pass. Iterating raises
-    `DataError` if there is no example, and `NonFiniteError` where an input has a NaN or an infinity
-    (a mask may have -inf).
+    is built on curvature needs two; a DataLoader draws the same in every pass, and what has a
+    ``set_epoch`` is told that each is the first. Iterating raises `DataError` if there is no
+    example, and `NonFiniteError` where an input has a NaN or an infinity (a mask may have -inf).
     """
 
     def __init__(self, data: Data, device: torch.device, limit: int | None = None) -> None:
@@ -118,6 +118,8 @@ class Batches:
 
     def __iter__(self) -> Iterator[Batch]:
         seen = 0
+        if hasattr(self._source, "set_epoch"):  # the first pass of what shuffles by its number
+            cast(Any, self._source).set_epoch(0)
         for index, raw in numbered(self._source):
             known = isinstance(raw, Batch)
             batch = raw.on(self._device) if known else as_batch(raw, index, self._device)

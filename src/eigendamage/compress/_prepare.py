@@ -40,6 +40,11 @@ _NOT_PREDICTIVE = (
     "the loss is a function, which tells nothing without labels: prices are not calibrated, and "
     "predictions are not held against a measured divergence"
 )
+_UNSTEADY = (
+    "two passes over the data did not begin with the same batch: examples that are held out of one "
+    "may be fitted on in another, and what is judged by them looks better than it is. Give the "
+    "data in the same order in every pass"
+)
 _LATENCY_MULTIPLE = 8  # processors take no less time for ranks in between
 
 
@@ -199,6 +204,9 @@ def prepared(
     parts: Parts | None = None
     if repair or calibrate or polish or any(budget.loss is not None for budget in budgets):
         parts = split(data, device_of(model), options.max_examples)
+    notes = [] if predictive or not auto else [_NOT_PREDICTIVE]
+    if parts is not None and not parts.steady:
+        notes.append(_UNSTEADY)
     timed = any(budget.latency is not None for budget in budgets)
     return Preparation(
         data=data,
@@ -217,7 +225,7 @@ def prepared(
         multiple=options.multiple or (_LATENCY_MULTIPLE if timed else 1),
         timing=Timing(data, options.latency_batch),
         timed=timed,
-        notes=[] if predictive or not auto else [_NOT_PREDICTIVE],
+        notes=notes,
     )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from eigendamage.batches import Batch, Batches, Data
+from eigendamage.batches import Batch, Batches, Data, tensors_in
 from eigendamage.errors import DataError
 
 _HELD_OUT = 10  # one example in so many is held out
@@ -43,16 +43,24 @@ class Part:
 
 @dataclass(frozen=True)
 class Parts:
-    """Data to fit on, and data to judge by; both can be gone through several times."""
+    """Data to fit on, and data to judge by; both can be gone through several times.
+
+    Attributes:
+        fit: about nine tenths of it.
+        held_out: the rest.
+        steady: whether two passes began with the same batch.
+    """
 
     fit: Part
     held_out: Part
+    steady: bool
 
 
 def split(data: Data, device: torch.device, max_examples: int | None) -> Parts:
     """Hold out about a tenth of the examples: whole batches where there are enough of them.
 
-    The order of the batches is taken to be the same in every pass, as a DataLoader's is here.
+    The order of the batches is taken to be the same in every pass, as a DataLoader's is here. Two
+    first batches tell whether it is.
 
     Raises:
         DataError: if nothing can be held out.
@@ -76,6 +84,14 @@ def split(data: Data, device: torch.device, max_examples: int | None) -> Parts:
             f"{len(first)} batches of one example; give at least {_FEWEST}, or larger ones, "
             f"or repair=False and calibrate=False"
         )
+    again = next(iter(batches))
     return Parts(
-        Part(batches, held_out=False, whole=whole), Part(batches, held_out=True, whole=whole)
+        Part(batches, held_out=False, whole=whole),
+        Part(batches, held_out=True, whole=whole),
+        steady=_same_inputs(first[0], again),
     )
+
+
+def _same_inputs(a: Batch, b: Batch) -> bool:
+    mine, its = (tensors_in([*batch.args, *batch.kwargs.values()]) for batch in (a, b))
+    return len(mine) == len(its) and all(map(torch.equal, mine, its))
