@@ -235,7 +235,7 @@ def _why_not(
         return f"{kind} is not a Linear or Conv2d" if matrix else f"{kind} has no weight matrix"
     if id(module) in opaque:
         return f"its weight is read directly by {opaque[id(module)]}, past its forward"
-    if "forward" in vars(module) and not _is_ours(vars(module)["forward"]):
+    if _is_replaced(vars(module).get("forward"), module):
         return "its forward was replaced on the module itself, which would be lost with it"
     if overrides_forward(module):
         base = nn.Linear if isinstance(module, nn.Linear) else nn.Conv2d
@@ -259,6 +259,12 @@ def _why_not(
             f"what the groups keep apart"
         )
     return None
+
+
+def _is_replaced(forward: object, module: nn.Module) -> bool:
+    """Whether what lies on a module in the place of its class's forward does something else."""
+    same = getattr(forward, "__func__", None) is type(module).forward
+    return forward is not None and not same and not _is_ours(forward)
 
 
 def overrides_forward(module: nn.Linear | nn.Conv2d) -> bool:
