@@ -12,6 +12,8 @@ language model of 7 billion parameters would take. Run
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import json
 import math
 import statistics
@@ -71,6 +73,8 @@ def network(size: Size) -> nn.Module:
 
 def peak_above_start(run: Callable[[], Result]) -> tuple[Result, int]:
     """What a call returns, and by how many bytes the resident memory peaks above that before it."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed would be taken up again, and not be seen
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forgets earlier peaks
     before = _kilobytes("VmRSS")
     result = run()
