@@ -13,7 +13,7 @@ from eigendamage.calls import device_of
 from eigendamage.compress._prepare import Preparation
 from eigendamage.compress._steps import Built
 from eigendamage.compress._truth import truth_of
-from eigendamage.compress._unseen import unseen
+from eigendamage.compress._unseen import other_outputs, padding
 from eigendamage.curvature import Curvature, calibration_table
 from eigendamage.measure import count, evaluate_together
 from eigendamage.plan import Budget, Plan
@@ -105,7 +105,9 @@ def report_of(
     sizes = count(beside.original, data), count(versions[-1], data)
     doubt = () if truth is None or truth.note is None else (truth.note,)
     batch = Batches(data, device_of(model), ready.options.max_examples).peek()
-    unmeasured = tuple(unseen(beside.original, versions[-1], batch)) if plan.changed else ()
+    unseen = [*padding(versions[-1])] if plan.changed else []
+    if plan.changed and isinstance(settings.loss, str):  # a function is given all outputs
+        unseen += other_outputs(beside.original, versions[-1], batch)
     return Report(
         model=type(beside.original).__name__,
         method=plan.title,
@@ -134,7 +136,7 @@ def report_of(
         gap=plan.gap,
         seconds=clock.seconds,
         environment=Environment.here(device_of(model), settings.seed),
-        notes=(*plan.notes, *ready.notes, *last.notes, *doubt, *unmeasured),
+        notes=(*plan.notes, *ready.notes, *last.notes, *doubt, *unseen),
     )
 
 

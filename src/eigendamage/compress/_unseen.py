@@ -18,15 +18,15 @@ _MEND = (
 )
 
 
-def unseen(original: nn.Module, result: nn.Module, batch: Batch) -> Iterator[str]:
-    """Notes on outputs that the loss is not taken of, and on what is returned at padding.
+def other_outputs(original: nn.Module, result: nn.Module, batch: Batch) -> Iterator[str]:
+    """Notes on outputs that the loss is not taken of, where it is taken of one tensor.
 
     Args:
         original: the model that was given.
         result: what became of it.
         batch: to run both on.
     """
-    before, after = (dict(_other_outputs(_output(model, batch))) for model in (original, result))
+    before, after = (dict(_others(_output(model, batch))) for model in (original, result))
     for name, was in before.items():
         now = after.get(name)
         if now is None or now.shape != was.shape:
@@ -34,6 +34,10 @@ def unseen(original: nn.Module, result: nn.Module, batch: Batch) -> Iterator[str
         else:
             moved = f"moved by {_moved(was, now):.1%} of its spread (root mean square, one batch)"
         yield f"the loss is not taken of the model's output {name}, which {moved}. {_MEND}"
+
+
+def padding(result: nn.Module) -> Iterator[str]:
+    """Notes on encoders that return other values at padding than they did."""
     for path, module in result.named_modules():
         known = origin_of(module)
         if known is not None and known.counts.get(PACKING) and not getattr(module, PACKING):
@@ -49,7 +53,7 @@ def _output(model: nn.Module, batch: Batch) -> Any:
         return call(model, batch)
 
 
-def _other_outputs(output: Any) -> Iterator[tuple[str, Tensor]]:
+def _others(output: Any) -> Iterator[tuple[str, Tensor]]:
     """What a model returned beside the tensor that the loss is taken of, by name or number."""
     if isinstance(output, Mapping):
         items = [(repr(k), v) for k, v in cast("Mapping[Any, Any]", output).items()]
