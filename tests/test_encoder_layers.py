@@ -120,7 +120,7 @@ def test_what_is_given_keeps_its_fused_call() -> None:
     assert 0 in _switches(small)
 
 
-def test_the_files_of_one_say_so(tmp_path: Path, no_products: None) -> None:
+def test_the_files_of_one_say_so(tmp_path: Path) -> None:
     result = _compressed("low-rank")
     ed.save(result, tmp_path / "small")
     loaded = ed.load(_model(), tmp_path / "small")

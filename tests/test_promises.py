@@ -74,6 +74,31 @@ def test_what_a_loader_s_dataset_draws_is_the_same_in_every_pass() -> None:
     assert passes[0] == passes[1]
 
 
+class ByEpoch(torch.utils.data.Sampler[int]):
+    """Shuffles by the number of the epoch, which rises at the end of each, as accelerate's does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return 60
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.epoch)
+        yield from torch.randperm(60, generator=generator).tolist()
+        self.epoch += 1
+
+
+def test_a_loader_that_counts_its_passes_is_told_the_first() -> None:
+    numbered = TensorDataset(torch.arange(60).float().unsqueeze(1))
+    batches = Batches(DataLoader(numbered, batch_size=5, sampler=ByEpoch()), CPU)
+    assert _seen(batches) == _seen(batches)
+
+
 class Unsteady:
     """Draws anew in every pass."""
 
@@ -301,6 +326,28 @@ def test_a_broken_language_model_has_an_infinite_perplexity() -> None:
     assert Evaluation(1, 1000.0, None, None, positions=1).perplexity == float("inf")
 
 
+def test_a_mask_of_tokens_that_is_added_says_what_counts() -> None:
+    hidden = torch.zeros(2, 4)
+    hidden[1, 2:] = -torch.inf
+    words = torch.ones(2, 4, dtype=torch.long)
+    (batch,) = Batches([{"input_ids": words, "attention_mask": hidden}], CPU)
+    assert batch.counted is not None
+    assert batch.counted.tolist() == [[True] * 4, [True, True, False, False]]
+
+
+def test_the_steps_one_by_one_within_inference_mode() -> None:
+    model, data = _network(), _data()
+    with torch.inference_mode():
+        curvature = ed.estimate_curvature(model, data, also=("patches",), progress=False)
+        plan = ed.make_plan(model, curvature, ed.Budget(macs=0.7))
+        small = ed.apply_plan(model, plan, curvature)
+        labelled = [(x, torch.arange(len(x)) % 4) for x in data]
+        config = ed.FinetuneConfig(epochs=1, held_out=0.0, learning_rate=1e-3)
+        ed.finetune(small, labelled, config, progress=False)
+        dense = ed.densify(small)
+    assert not any(p.is_inference() for p in (*small.parameters(), *dense.parameters()))
+
+
 def test_a_curvature_loads_onto_a_device_by_either_of_its_names(tmp_path: Any) -> None:
     curvature = ed.estimate_curvature(_network(), _data(), progress=False)
     assert repr(curvature).startswith("Curvature of 4 layers on 120 examples")
@@ -340,3 +387,7 @@ def test_a_budget_that_cannot_be_met_names_what_holds_the_most() -> None:
     words = list(torch.randint(0, 2000, (60, 6)).split(10))
     with pytest.raises(errors.BudgetError, match="'rnn' cannot be cut: GRU is not a Linear"):
         ed.compress(Tagger().eval(), words, budget=ed.Budget(macs=0.2), progress=False)
+    whole = Tagger().eval()
+    whole.position = nn.Parameter(torch.zeros(1, 8))  # which makes the model itself a culprit
+    with pytest.raises(errors.BudgetError, match="'rnn' cannot be cut"):
+        ed.compress(whole, words, budget=ed.Budget(macs=0.2), progress=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -46,6 +47,36 @@ def test_an_output_that_the_loss_is_not_of_is_told_with_how_far_it_moved(
     found = re.search(r"moved by ([\d.]+)%", note)
     assert found is not None
     assert float(found[1]) == pytest.approx(100 * float((after - before).norm() / spread), abs=0.1)
+
+
+@dataclass
+class Found:
+    logits: Tensor
+    balance: Tensor
+
+
+class Scalar(nn.Module):
+    """Classes, and a number that does not differ between examples, in an object of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Sequential(nn.Linear(8, 48), nn.ReLU(), nn.Linear(48, 48), nn.ReLU())
+        self.head = nn.Linear(48, 3)
+
+    def forward(self, x: Tensor) -> Found:
+        h = self.trunk(x)
+        return Found(self.head(h), h.mean())
+
+
+def test_a_number_moves_by_so_much_in_steps_or_rounds_too() -> None:
+    torch.manual_seed(0)
+    data = list(torch.randn(120, 8).split(20))
+    for shots in (1, 2):
+        result = ed.compress(
+            Scalar().eval(), data, budget=ed.Budget(macs=0.5), shots=shots, progress=False
+        )
+        (note,) = [note for note in result.report.notes if "not taken of" in note]
+        assert re.search(r"output 'balance', which moved by \d\.?[\de-]* \(root", note)
 
 
 def test_all_outputs_in_one_tensor_are_seen() -> None:

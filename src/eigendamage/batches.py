@@ -58,7 +58,9 @@ class Batch:
         mask = self.kwargs.get("attention_mask")
         if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[0] != self.size:
             return None
-        counted = mask != 0
+        # One that is added to scores is 0 where there is something to see.
+        added = mask.is_floating_point() and bool(mask.isneginf().any())
+        counted = mask == 0 if added else mask != 0
         return None if bool(counted.all()) else counted
 
     def few(self, count: int) -> Batch:

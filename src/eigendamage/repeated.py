@@ -20,7 +20,8 @@ class Repeated:
     Where it shuffles, an example that is held out of one pass would be fitted on in the next. What
     it draws, for its order and for augmentations, it draws from the same random state in every
     pass, and from a generator of its own from where that stands; both are as before afterwards.
-    What workers draw by torch, numpy or Python they seed by that, as a DataLoader does.
+    What has a ``set_epoch`` is told that each pass is the first. Workers seed what they draw by
+    that, as a DataLoader does; those that persist keep random states of their own.
     """
 
     def __init__(self, loader: DataLoader[Any]) -> None:
@@ -30,6 +31,9 @@ class Repeated:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[Any]:
+        for part in _parts(self._loader):
+            if hasattr(part, "set_epoch"):  # the first pass of what shuffles by its number
+                part.set_epoch(0)
         draws = _Draws(self._loader)
         with draws.taken_up():
             items = iter(self._loader)
@@ -42,12 +46,18 @@ class Repeated:
             yield item
 
 
+def _parts(loader: DataLoader[Any]) -> tuple[Any, ...]:
+    """What of a loader may draw, or know the number of the pass."""
+    batches = loader.batch_sampler
+    inner = getattr(batches, "sampler", None)
+    return loader, loader.dataset, loader.sampler, batches, inner
+
+
 class _Draws:
     """The random state of one pass, apart from that of all else."""
 
     def __init__(self, loader: DataLoader[Any]) -> None:
-        samplers = (loader.sampler, getattr(loader.batch_sampler, "sampler", None))
-        found = [loader.generator, *(getattr(s, "generator", None) for s in samplers)]
+        found = [getattr(part, "generator", None) for part in _parts(loader)]
         own = {id(g): g for g in found if isinstance(g, torch.Generator)}
         self._generators = [torch.default_generator, *own.values()]
         fresh = torch.Generator().manual_seed(_SEED).get_state()

@@ -37,6 +37,7 @@ from eigendamage.seeds import check_seed
 from eigendamage.training import FinetuneConfig
 
 
+@torch.inference_mode(False)
 def compare(
     model: nn.Module,
     data: Data,

@@ -105,8 +105,9 @@ def report_of(
     sizes = count(beside.original, data), count(versions[-1], data)
     doubt = () if truth is None or truth.note is None else (truth.note,)
     batch = Batches(data, device_of(model), ready.options.max_examples).peek()
-    unseen = [*padding(versions[-1])] if plan.changed else []
-    if plan.changed and isinstance(settings.loss, str):  # a function is given all outputs
+    unseen = [*padding(versions[-1])]
+    changed = any(each.changed for each in (*beside.plans, *(shot.plan for shot in chain)))
+    if changed and isinstance(settings.loss, str):  # a function is given all outputs
         unseen += other_outputs(beside.original, versions[-1], batch)
     return Report(
         model=type(beside.original).__name__,

@@ -32,7 +32,7 @@ def other_outputs(original: nn.Module, result: nn.Module, batch: Batch) -> Itera
         if now is None or now.shape != was.shape:
             moved = "has another form now"
         else:
-            moved = f"moved by {_moved(was, now):.1%} of its spread (root mean square, one batch)"
+            moved = f"moved by {_moved(was, now)} (root mean square, one batch)"
         yield f"the loss is not taken of the model's output {name}, which {moved}. {_MEND}"
 
 
@@ -59,6 +59,8 @@ def _others(output: Any) -> Iterator[tuple[str, Tensor]]:
         items = [(repr(k), v) for k, v in cast("Mapping[Any, Any]", output).items()]
     elif isinstance(output, list | tuple):
         items = [(str(k), v) for k, v in enumerate(cast("list[Any] | tuple[Any, ...]", output))]
+    elif not isinstance(output, Tensor) and hasattr(output, "__dict__"):
+        items = [(repr(k), v) for k, v in vars(output).items()]
     else:
         return
     taken = logits_of(output)
@@ -68,8 +70,11 @@ def _others(output: Any) -> Iterator[tuple[str, Tensor]]:
             yield (name if len(found) == 1 else f"{name}, tensor {number}"), tensor
 
 
-def _moved(was: Tensor, now: Tensor) -> float:
-    """The root mean square of the difference, of that of the deviation from the batch's mean."""
+def _moved(was: Tensor, now: Tensor) -> str:
+    """The difference as a part of the deviation from the batch's mean, or as it is without one."""
     a, b = was.double(), now.double()
-    spread = (a - a.mean(0)).square().sum().sqrt()
-    return float((b - a).square().sum().sqrt() / spread.clamp_min(torch.finfo(a.dtype).tiny))
+    difference = (b - a).square().mean().sqrt()
+    spread = (a - a.mean(0)).square().mean().sqrt()
+    if not bool(spread > 0):
+        return f"{float(difference):.3g}"
+    return f"{float(difference / spread):.1%} of its spread"

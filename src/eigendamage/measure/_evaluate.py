@@ -68,7 +68,7 @@ class Evaluation:
         loss = self.loss_per_position
         if loss is None:
             return None
-        return math.exp(loss) if loss <= _LARGEST else math.inf
+        return math.inf if loss > _LARGEST else math.exp(loss)
 
 
 def evaluate(

@@ -284,7 +284,7 @@ def _mostly_left_alone(task: Task) -> str:
             continue
         kind = _SHAPES.sub("", reason)
         reasons[kind].append((name, reason))
-        weights[kind] += sum(p.numel() for p in module.parameters())
+        weights[kind] += sum(p.numel() for p in module.parameters(recurse=False))
     if not reasons:
         return ""
     (name, reason), *more = reasons[max(weights, key=weights.__getitem__)]

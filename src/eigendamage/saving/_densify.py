@@ -19,6 +19,7 @@ from eigendamage.layers import (
 )
 
 
+@torch.inference_mode(False)
 def densify(model: nn.Module) -> nn.Module:
     """A copy in which every factored layer is one plain Linear or Conv2d again, with equal outputs.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
+import torch
 from torch import nn
 
 from eigendamage.curvature import Curvature
@@ -40,6 +41,7 @@ from eigendamage.surgery._made import Made, set_made
 from eigendamage.surgery._mask import mask_weights
 
 
+@torch.inference_mode(False)
 def apply_plan(model: nn.Module, plan: Plan, curvature: Curvature) -> nn.Module:
     """Build the smaller model that a plan describes. The input model is not touched.
 

@@ -14,6 +14,7 @@ from eigendamage.layers import evaluating
 from eigendamage.progress import track
 
 
+@torch.inference_mode(False)
 def recalibrate_batchnorm(
     model: nn.Module, data: Data, *, max_examples: int | None = None, progress: bool = True
 ) -> int:

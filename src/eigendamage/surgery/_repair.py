@@ -52,6 +52,7 @@ class Repairs(Mapping[str, LayerRepair]):
         return len(self.layers)
 
 
+@torch.inference_mode(False)
 def repair_model(
     small: nn.Module,
     original: nn.Module,

@@ -36,6 +36,7 @@ Item = TypeVar("Item")
 
 
 @one_fate
+@torch.inference_mode(False)
 def finetune(
     model: nn.Module,
     data: Iterable[Any],
