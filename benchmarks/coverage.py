@@ -34,7 +34,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import eigendamage as ed
-from eigendamage.batches import tensors_in
+from eigendamage.batch import tensors_in
 from eigendamage.files import written_beside
 
 BUDGET, IMAGES, SEED = 0.6, 24, 0

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import eigendamage as ed
-from eigendamage.batches import Batch, Batches
+from eigendamage.batch import Batch
+from eigendamage.batches import Batches
 from eigendamage.calls import call
 from eigendamage.errors import DataError, LayerError, MismatchError, NonFiniteError
 from eigendamage.layers import (

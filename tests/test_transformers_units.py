@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import eigendamage as ed
 from eigendamage import errors
-from eigendamage.batches import as_batch
+from eigendamage.batch import as_batch
 from eigendamage.integrations.huggingface import plain_linears
 from eigendamage.layers import (
     ChannelGraph,

@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 import eigendamage as ed
+from eigendamage.batch import as_batch
 from eigendamage.curvature import head_of
 from eigendamage.curvature._head import PredictiveHead
 from eigendamage.errors import LossError, MismatchError, NonFiniteError, ShapeError
@@ -496,6 +497,6 @@ def test_the_heads_quadratic_is_its_exact_cotangents(loss: str) -> None:
     assert isinstance(head, PredictiveHead)
     generator = torch.Generator().manual_seed(0)
     z, v = (torch.randn(3, 2, 4, dtype=torch.float64, generator=generator) for _ in range(2))
-    batch = ed.batches.as_batch(z, 0, z.device)
+    batch = as_batch(z, 0, z.device)
     expected = sum(0.5 * (v * c).sum((1, 2)).square() for c in head.expected(z, batch))
     torch.testing.assert_close(head.quadratic(z, v, batch), expected)

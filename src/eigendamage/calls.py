@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from eigendamage.batches import Batch, tensors_in
+from eigendamage.batch import Batch, tensors_in
 from eigendamage.errors import DataError, EigenDamageError, LayerError, LossError, NonFiniteError
 
 

@@ -11,7 +11,8 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from eigendamage.batches import LABEL_KEYS, has_columns
+from eigendamage.batch import LABEL_KEYS
+from eigendamage.batches import has_columns
 from eigendamage.errors import DataError
 
 D = TypeVar("D")

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
-from eigendamage.batches import Batch, as_batch
+from eigendamage.batch import Batch, as_batch
 from eigendamage.calls import call
 from eigendamage.errors import DataError, EigenDamageError
 from eigendamage.layers import (

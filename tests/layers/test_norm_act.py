@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import eigendamage as ed
-from eigendamage.batches import as_batch
+from eigendamage.batch import as_batch
 from eigendamage.layers import ChannelGraph, find_channels
 
 

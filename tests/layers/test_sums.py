@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from eigendamage.batches import Batch, Batches
+from eigendamage.batch import Batch
+from eigendamage.batches import Batches
 from eigendamage.errors import LayerError
 from eigendamage.layers import Port, Sum, find_layers, find_sums
 from eigendamage.surgery import Repairs, repair_model

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from eigendamage.batches import Batch, as_batch
+from eigendamage.batch import Batch, as_batch
 from eigendamage.calls import call
 from eigendamage.errors import ChannelError
 from eigendamage.layers import (

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import eigendamage as ed
-from eigendamage.batches import as_batch
+from eigendamage.batch import as_batch
 from eigendamage.curvature import head_of
 from eigendamage.training._feed import LoaderFeed, hold_out
 from eigendamage.training._objective import Objective

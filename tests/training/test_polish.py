@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import eigendamage as ed
-from eigendamage.batches import Batch, Batches, as_batch
+from eigendamage.batch import Batch, as_batch
+from eigendamage.batches import Batches
 from eigendamage.training import Training, polish
 from eigendamage.training._layout import channels_last
 

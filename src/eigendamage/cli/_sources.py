@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from eigendamage import zoo
-from eigendamage.batches import Data, as_batch
+from eigendamage.batch import as_batch
+from eigendamage.batches import Data
 from eigendamage.distributed import rank
 from eigendamage.errors import DataError, EigenDamageError
 from eigendamage.integrations.huggingface import UnusedWeights

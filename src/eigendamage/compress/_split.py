@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from eigendamage.batches import Batch, Batches, Data, tensors_in
+from eigendamage.batch import Batch, tensors_in
+from eigendamage.batches import Batches, Data
 from eigendamage.errors import DataError
 
 _HELD_OUT = 10  # one example in so many is held out

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from eigendamage.batches import Batch, tensors_in
+from eigendamage.batch import Batch, tensors_in
 from eigendamage.calls import call, logits_of
 from eigendamage.layers import PACKING, evaluating, origin_of, preserved_random_state
 

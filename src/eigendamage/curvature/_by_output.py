@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eigendamage.batches import Batch
+from eigendamage.batch import Batch
 from eigendamage.calls import logits_of
 from eigendamage.curvature._head import PredictiveHead, checked, uniform_where, widened
 from eigendamage.errors import LossError

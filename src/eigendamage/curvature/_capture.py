@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from eigendamage.batches import Batch
+from eigendamage.batch import Batch
 from eigendamage.calls import call
 from eigendamage.curvature._head import Head, Seed
 from eigendamage.errors import LayerError

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor
 
-from eigendamage.batches import Batch, tensors_in
+from eigendamage.batch import Batch, tensors_in
 from eigendamage.calls import logits_of
 from eigendamage.curvature._head import PredictiveHead, checked, uniform_where, widened
 from eigendamage.errors import LossError

@@ -8,7 +8,8 @@ from typing import Literal, get_args
 import torch
 from torch import nn
 
-from eigendamage.batches import Batches, Data, tensors_in
+from eigendamage.batch import tensors_in
+from eigendamage.batches import Batches, Data
 from eigendamage.calls import device_of, require_gradients_possible
 from eigendamage.curvature._capture import preserved_random_state
 from eigendamage.curvature._curvature import Curvature, Extra

@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Generator, Tensor
 
-from eigendamage.batches import Batch
+from eigendamage.batch import Batch
 from eigendamage.calls import logits_of, output_tensors
 from eigendamage.errors import LossError, NonFiniteError
 

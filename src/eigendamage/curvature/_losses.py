@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from eigendamage.batches import Batch
+from eigendamage.batch import Batch
 from eigendamage.curvature._by_output import BinaryCrossEntropy, SquaredError
 from eigendamage.curvature._cross_entropy import CrossEntropy, NextToken
 from eigendamage.curvature._head import Fisher, Head, Seed, checked

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eigendamage.batches import Batch, Batches
+from eigendamage.batch import Batch
+from eigendamage.batches import Batches
 from eigendamage.calls import call, require_finite
 from eigendamage.curvature._capture import Capture, Sink, undisturbed
 from eigendamage.curvature._factors import Eigenbasis

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eigendamage.batches import Batch
+from eigendamage.batch import Batch
 from eigendamage.curvature._capture import (
     counted_positions,
     gradients_by_example,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from eigendamage.batches import Batch
+from eigendamage.batch import Batch
 from eigendamage.curvature._capture import probe_layout
 from eigendamage.curvature._head import Head
 from eigendamage.errors import NothingToCompressError

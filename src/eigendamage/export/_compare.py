@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from eigendamage.batches import Batch
+from eigendamage.batch import Batch
 from eigendamage.calls import first_call
 from eigendamage.errors import DataError, ExportError
 from eigendamage.export._values import named_outputs, plain_output, with_size

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from eigendamage.batches import Batch, map_tensors
+from eigendamage.batch import Batch, map_tensors
 from eigendamage.errors import ExportError
 from eigendamage.export._quiet import quiet
 from eigendamage.export._values import has_batch_axis, plain_output, with_size

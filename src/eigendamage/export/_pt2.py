@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from eigendamage.batches import Batch
+from eigendamage.batch import Batch
 from eigendamage.errors import ExportError
 from eigendamage.export._compare import Run
 from eigendamage.export._quiet import quiet

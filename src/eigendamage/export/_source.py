@@ -17,7 +17,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 
 from eigendamage._version import __version__
-from eigendamage.batches import Batch, tensors_in
+from eigendamage.batch import Batch, tensors_in
 from eigendamage.errors import ExportError
 from eigendamage.export._compare import Run
 from eigendamage.export._parts import Part, part_of

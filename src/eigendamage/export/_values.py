@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from eigendamage.batches import Batch, map_tensors
+from eigendamage.batch import Batch, map_tensors
 from eigendamage.errors import ExportError
 
 Plain = Tensor | tuple[Any, ...] | dict[str, Any]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd  # pyright: ignore[reportPrivateUsage]
 
-from eigendamage.batches import Batch
+from eigendamage.batch import Batch
 from eigendamage.calls import first_call, output_tensors
 from eigendamage.errors import ChannelError
 from eigendamage.layers._channel_graph import Carrier, ChannelGraph, ChannelGroup

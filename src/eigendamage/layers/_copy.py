@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from eigendamage.batches import tensors_in
+from eigendamage.batch import tensors_in
 from eigendamage.errors import EigenDamageError
 
 _OF_MODULES = ("_parameters", "_buffers", "_modules")

@@ -12,7 +12,7 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from eigendamage.batches import Batch
+from eigendamage.batch import Batch
 from eigendamage.calls import call
 from eigendamage.layers._channel_graph import ChannelGroup, Member
 from eigendamage.layers._factored import FactoredLinear

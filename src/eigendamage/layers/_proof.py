@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from eigendamage.batches import Batch
+from eigendamage.batch import Batch
 from eigendamage.calls import call, output_tensors
 from eigendamage.errors import EigenDamageError
 from eigendamage.layers._channel_graph import ChannelGraph, ChannelGroup

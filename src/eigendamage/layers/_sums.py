@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
-from eigendamage.batches import Batch, tensors_in
+from eigendamage.batch import Batch, tensors_in
 from eigendamage.calls import first_call
 from eigendamage.layers._factored import FactoredConv2d
 from eigendamage.layers._trace import evaluating, preserved_random_state

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from eigendamage.batches import Batch
+from eigendamage.batch import Batch
 from eigendamage.calls import first_call, output_tensors
 from eigendamage.errors import ShapeError
 from eigendamage.layers._cost import LayerShape

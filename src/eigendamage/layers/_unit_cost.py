@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from eigendamage.batches import Batch
+from eigendamage.batch import Batch
 from eigendamage.calls import call
 from eigendamage.layers._channel_graph import ChannelGraph, ChannelGroup
 from eigendamage.layers._slicing import remove_units

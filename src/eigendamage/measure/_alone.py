@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eigendamage.batches import Batch, Batches, Data
+from eigendamage.batch import Batch
+from eigendamage.batches import Batches, Data
 from eigendamage.calls import call, device_of, logits_of
 from eigendamage.curvature import Loss, preserved_random_state
 from eigendamage.errors import NonFiniteError

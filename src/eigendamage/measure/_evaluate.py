@@ -13,7 +13,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from eigendamage.batches import Batch, Batches, Data
+from eigendamage.batch import Batch
+from eigendamage.batches import Batches, Data
 from eigendamage.calls import call, cannot_run, device_of, logits_of, require_finite
 from eigendamage.curvature import (
     CrossEntropy,

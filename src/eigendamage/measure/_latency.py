@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from eigendamage.batches import Batch, Data
+from eigendamage.batch import Batch
+from eigendamage.batches import Data
 from eigendamage.calls import call, device_of
 from eigendamage.errors import LayerError
 from eigendamage.layers import Layer, find_layers

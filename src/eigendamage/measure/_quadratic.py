@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from eigendamage.batches import Batch, Batches, Data
+from eigendamage.batch import Batch
+from eigendamage.batches import Batches, Data
 from eigendamage.calls import call, device_of, logits_of
 from eigendamage.curvature import Loss, preserved_random_state
 from eigendamage.errors import NonFiniteError

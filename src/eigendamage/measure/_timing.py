@@ -15,7 +15,8 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor, nn
 
-from eigendamage.batches import Batch, Batches, Data
+from eigendamage.batch import Batch
+from eigendamage.batches import Batches, Data
 from eigendamage.calls import call, device_of, first_call
 from eigendamage.errors import DataError, EigenDamageError
 from eigendamage.layers import evaluating, preserved_random_state

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
 
-from eigendamage.batches import Batch, Batches, Data
+from eigendamage.batch import Batch
+from eigendamage.batches import Batches, Data
 from eigendamage.calls import call, device_of, require_gradients_possible
 from eigendamage.curvature import preserved_random_state
 from eigendamage.errors import DataError

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from eigendamage.batches import Batch
+from eigendamage.batch import Batch
 from eigendamage.calls import call, cannot_run, device_of
 from eigendamage.errors import LayerError
 from eigendamage.layers import LayerTrace, Trace, evaluating, preserved_random_state

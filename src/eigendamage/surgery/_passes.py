@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from eigendamage.batches import Batch
+from eigendamage.batch import Batch
 from eigendamage.errors import LayerError
 from eigendamage.layers import Sum
 

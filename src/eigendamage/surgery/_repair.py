@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from eigendamage.batches import Batch, Batches, Data
+from eigendamage.batch import Batch
+from eigendamage.batches import Batches, Data
 from eigendamage.calls import device_of
 from eigendamage.curvature import Curvature, PositionDraws
 from eigendamage.errors import DataError, EigenDamageError, MismatchError

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler, Subset
 
-from eigendamage.batches import Batch, as_batch, iterable_of, numbered
+from eigendamage.batch import Batch, as_batch
+from eigendamage.batches import iterable_of, numbered
 from eigendamage.errors import DataError
 from eigendamage.seeds import unsigned_seed
 

@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from eigendamage.batches import Batch, Batches, Data, iterable_of, tensors_in
+from eigendamage.batch import Batch, tensors_in
+from eigendamage.batches import Batches, Data, iterable_of
 from eigendamage.calls import device_of, require_gradients_possible
 from eigendamage.curvature import Loss, head_of, loss_name
 from eigendamage.distributed import (

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eigendamage.batches import Batch
+from eigendamage.batch import Batch
 from eigendamage.calls import call, output_tensors
 from eigendamage.layers import preserved_random_state
 

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from eigendamage.batches import Batch
+from eigendamage.batch import Batch
 from eigendamage.distributed import from_first, summed, with_first_state
 from eigendamage.errors import DataError, NonFiniteError
 from eigendamage.progress import track

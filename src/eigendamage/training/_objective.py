@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eigendamage.batches import Batch
+from eigendamage.batch import Batch
 from eigendamage.calls import call, logits_of
 from eigendamage.curvature import Head, PredictiveHead
 from eigendamage.errors import DataError, EigenDamageError, LossError, MismatchError

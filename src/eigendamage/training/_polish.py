@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from eigendamage.batches import Batch
+from eigendamage.batch import Batch
 from eigendamage.calls import device_of
 from eigendamage.curvature import Loss, head_of
 from eigendamage.errors import EigenDamageError

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eigendamage.batches import Batch
+from eigendamage.batch import Batch
 from eigendamage.errors import DataError
 
 
