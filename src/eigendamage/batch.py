@@ -190,8 +190,9 @@ def _refuse_non_finite(args: tuple[Any, ...], kwargs: Mapping[str, Any], index: 
         for tensor in tensors_in(item):
             if not tensor.is_floating_point():
                 continue
-            # What is added to attention scores is -inf where nothing is to be seen.
-            fine = torch.isfinite(tensor) | (tensor.isneginf() if "mask" in name else False)
+            fine = torch.isfinite(tensor)
+            if "mask" in name:  # one that is added to scores is -inf where nothing is to be seen
+                fine |= tensor.isneginf()
             if not bool(fine.all()):
                 bad = int((~fine).sum())
                 raise NonFiniteError(

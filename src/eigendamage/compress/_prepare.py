@@ -33,6 +33,7 @@ from eigendamage.plan import (
     check_refine,
     make_menus,
     needs,
+    refuse_options_of_auto,
     wanted_actions,
 )
 
@@ -181,15 +182,15 @@ def prepared(
     check_refine(options.refine)
     allowed = wanted_actions(options.actions)
     auto, calibrate = options.auto, options.calibrate
-    if not auto and (options.floors or options.multiple is not None or allowed != ACTIONS):
-        raise EigenDamageError(
-            f"floors, multiple and actions are for method='auto', not for '{options.method}'"
-        )
-    if not auto and calibrate:
-        raise EigenDamageError(
-            f"prices are calibrated for method='auto' alone; leave calibrate out for "
-            f"'{options.method}'"
-        )
+    refuse_options_of_auto(
+        options.method,
+        {
+            "floors": options.floors,
+            "multiple": options.multiple is not None,
+            "actions": allowed != ACTIONS,
+            "calibrate": calibrate,
+        },
+    )
     predictive = isinstance(head_of(options.loss, options.reduction), PredictiveHead)
     polish = options.polish is not None
     if polish and not predictive:

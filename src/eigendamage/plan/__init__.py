@@ -5,7 +5,12 @@ from eigendamage.plan._budget import Budget, Unit
 from eigendamage.plan._calibrate import OF_CHANNELS, Calibration, Point
 from eigendamage.plan._calibrated import calibrated_plan, calibrated_price
 from eigendamage.plan._channels import RankBy
-from eigendamage.plan._checks import check_max_ratio, check_options, check_refine
+from eigendamage.plan._checks import (
+    check_max_ratio,
+    check_options,
+    check_refine,
+    refuse_options_of_auto,
+)
 from eigendamage.plan._latency import LatencyTable
 from eigendamage.plan._make import make_plan
 from eigendamage.plan._menu import metric_of
@@ -73,6 +78,7 @@ __all__ = [
     "method_named",
     "metric_of",
     "needs",
+    "refuse_options_of_auto",
     "repaired",
     "variant_of",
     "wanted_actions",
