@@ -46,5 +46,7 @@ def _run(work: Callable[[Path], None], folder: Path, rank: int, ranks: int) -> N
         world_size=ranks,
         timeout=timedelta(seconds=30),
     )
-    work(folder)
-    dist.destroy_process_group()
+    try:
+        work(folder)
+    finally:  # gloo's threads, at the end of a process that still has a group, may abort it
+        dist.destroy_process_group()

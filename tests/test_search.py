@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import eigendamage as ed
-from eigendamage.compress import _prepare, _search
+from eigendamage.compress import _latency_search, _prepare, _search
 from eigendamage.layers import (
     FORMS,
     FactoredConv2d,
@@ -19,7 +19,7 @@ from eigendamage.layers import (
     find_layers,
 )
 from eigendamage.measure import Latency
-from eigendamage.plan import LatencyTable
+from eigendamage.plan import Channels, LatencyTable
 from eigendamage.plan._latency import (
     Conditions,
     FormTimes,
@@ -194,7 +194,7 @@ def _device(
         return [Latency(PER_MAC * m + overhead, 0.0) for m in macs]
 
     monkeypatch.setattr(_prepare, "measure_latency_table", table)
-    monkeypatch.setattr(_search, "latency", latency)
+    monkeypatch.setattr(_latency_search, "latency", latency)
     return batches
 
 
@@ -228,7 +228,7 @@ def test_a_model_that_is_slower_when_timed_once_more_is_told(
     monkeypatch: pytest.MonkeyPatch, curvature: ed.Curvature
 ) -> None:
     _device(monkeypatch, curvature, overhead=0.0, told=0.0)
-    steady, calls = _search.latency, []
+    steady, calls = _latency_search.latency, []
 
     def slower_in_the_end(models: list[nn.Module], data: object, **options: int) -> list[Latency]:
         calls.append(options["rounds"])
@@ -236,7 +236,7 @@ def test_a_model_that_is_slower_when_timed_once_more_is_told(
         slower = 1.2 if options["rounds"] > calls[0] else 1.0
         return [before, Latency(slower * after.median, 0.0)]
 
-    monkeypatch.setattr(_search, "latency", slower_in_the_end)
+    monkeypatch.setattr(_latency_search, "latency", slower_in_the_end)
     result = _compress(ed.Budget(latency=0.7), curvature=curvature, multiple=1, actions=MEASURED)
     assert result.report.latency > 0.7
     note = f"timed once more, the model takes {result.report.latency:.3f} of the latency"
@@ -290,14 +290,14 @@ def test_a_latency_below_the_fastest_that_can_be_planned_names_what_that_takes(
     timed = _device(monkeypatch, curvature, overhead=1e3, told=1e3)
     with pytest.raises(ed.BudgetError, match=r"the fastest model that was built takes 0\.98\d of"):
         _compress(ed.Budget(latency=0.5), curvature=curvature, multiple=1, actions=MEASURED)
-    assert len(timed) == 2  # the fastest of all kinds, and of channels alone
+    assert timed  # the fastest of each way to plan was built
 
 
 def test_channels_alone_are_built_where_calls_of_low_rank_layers_cost_too_much(
     monkeypatch: pytest.MonkeyPatch, curvature: ed.Curvature
 ) -> None:
     _device(monkeypatch, curvature, overhead=0.0, told=0.0)
-    steady = _search.latency
+    steady = _latency_search.latency
 
     def each_call_costs(models: list[nn.Module], data: object, **options: int) -> list[Latency]:
         factored = [
@@ -309,12 +309,65 @@ def test_channels_alone_are_built_where_calls_of_low_rank_layers_cost_too_much(
             Latency(time.median * (1 + n), 0.0) for time, n in zip(times, factored, strict=True)
         ]
 
-    monkeypatch.setattr(_search, "latency", each_call_costs)
+    monkeypatch.setattr(_latency_search, "latency", each_call_costs)
     result = _compress(ed.Budget(latency=0.6), curvature=curvature, multiple=1, actions=MEASURED)
     assert result.report.latency <= 0.6
     changed = [layer.action.kind for layer in result.plan.layers.values() if layer.changes]
     assert changed
     assert set(changed) == {"channels"}
+
+
+def test_a_table_that_is_wrong_about_the_model_is_not_all_that_plans_are_made_by(
+    monkeypatch: pytest.MonkeyPatch, curvature: ed.Curvature
+) -> None:
+    """Of the same time the model that diverges least is taken, here one that is planned by MACs."""
+    _device(monkeypatch, curvature, overhead=0.0, told=0.0)
+    right = _table(curvature)
+
+    def wrong(*_args: object, **_options: object) -> LatencyTable:
+        """It has the last convolution for nearly all of the time."""
+        name = list(right.layers)[2]
+        grids = {form: grid.scaled(100.0) for form, grid in right.entries[name].items()}
+        slow = TimedLayer(milliseconds=100 * right.layers[name].milliseconds, calls=(name,))
+        return right.model_copy(
+            update={
+                "whole": right.whole + 99 * right.layers[name].milliseconds,
+                "layers": {**right.layers, name: slow},
+                "entries": {**right.entries, name: grids},
+            }
+        )
+
+    monkeypatch.setattr(_prepare, "measure_latency_table", wrong)
+    budget = ed.Budget(latency=0.5)
+    options = {"curvature": curvature, "multiple": 1, "actions": MEASURED}
+    result = _compress(budget, **options)
+    every = _latency_search._ways
+    monkeypatch.setattr(_latency_search, "_ways", lambda *given: every(*given)[:1])
+    by_table = _compress(budget, **options)
+    assert max(result.report.latency, by_table.report.latency) <= 0.5
+    assert _divergence(result.model) < 0.8 * _divergence(by_table.model)
+
+
+def test_narrow_groups_may_have_any_number_of_channels_unless_multiples_were_asked_for(
+    monkeypatch: pytest.MonkeyPatch, curvature: ed.Curvature
+) -> None:
+    _device(monkeypatch, curvature, overhead=0.0, told=0.0)
+    left = {
+        multiple: [
+            len(layer.action.outputs)
+            for layer in _compress(
+                ed.Budget(latency=0.8),
+                curvature=curvature,
+                multiple=multiple,
+                actions=("channels",),
+            ).plan.layers.values()
+            if isinstance(layer.action, Channels)
+        ]
+        for multiple in (None, 4)
+    }
+    assert any(number % 4 for number in left[None])
+    assert left[4]
+    assert not any(number % 4 for number in left[4][:-1])
 
 
 def test_a_refusal_says_the_least_that_was_measured(

@@ -103,8 +103,8 @@ def compress(
         rank_by: by price, or by price for what is saved.
         ignore: shell patterns over dotted paths of layers to leave alone.
         actions: for ``auto``: what may be done to a layer.
-        multiple: for ``auto``: ranks and channels left are multiples of this; 8 for a budget of
-            latency and 1 otherwise by default.
+        multiple: for ``auto``: ranks and channels left are multiples of this. By default 1; for a
+            budget of latency 8, beside which any number of channels is tried in narrow networks.
         floors: for ``auto``: by shell pattern the fraction of a layer's MACs that has to stay.
         refine: for ``auto``: the most L-BFGS steps on an input basis.
         calibrate: for ``auto``: whether prices are corrected by what layers are measured to cost

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from torch import nn
 
 from eigendamage.batches import Data, kept
 from eigendamage.calls import device_of, require_gradients_possible
+from eigendamage.compress._latency_search import Timing
 from eigendamage.compress._result import Options
-from eigendamage.compress._search import Timing
 from eigendamage.compress._split import Parts, split
 from eigendamage.compress._steps import Clock, Planning, Settings, Source
 from eigendamage.curvature import (
@@ -30,6 +31,7 @@ from eigendamage.plan import (
     ACTIONS,
     Budget,
     LatencyTable,
+    Menus,
     check_refine,
     make_menus,
     needs,
@@ -46,7 +48,8 @@ _UNSTEADY = (
     "may be fitted on in another, and what is judged by them looks better than it is. Give the "
     "data in the same order in every pass"
 )
-_LATENCY_MULTIPLE = 8  # processors take no less time for ranks in between
+_LATENCY_MULTIPLE = 8  # many processors take no less time for ranks in between
+_FEW = 8  # multiples: a group of fewer may do better with numbers in between
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,18 +123,22 @@ class Preparation:
                 curvature has them.
         """
         table = self._table(model, curvature) if self.timed else None
+        planning = self.settings.planning
+        menus_of = partial(
+            make_menus,
+            model,
+            curvature,
+            damping=planning.damping,
+            max_ratio=self.options.max_ratio,
+            ignore=tuple(ignore),
+            progress=self.settings.progress,
+        )
+        finer: Menus | None = None
         with self.settings.clock.stage("menus"):
-            menus = make_menus(
-                model,
-                curvature,
-                actions=self.settings.planning.actions,
-                damping=self.settings.planning.damping,
-                max_ratio=self.options.max_ratio,
-                multiple=self.multiple,
-                ignore=ignore,
-                progress=self.settings.progress,
-            )
-        return Source(model, curvature, menus, latency=table)
+            menus = menus_of(actions=planning.actions, multiple=self.multiple)
+            if self.timed and self.options.multiple is None and _coarse(menus):
+                finer = menus_of(actions=("channels",))
+        return Source(model, curvature, menus, finer, latency=table)
 
     def source_like(self, curvature: Curvature, ignore: Iterable[str], model: nn.Module) -> Source:
         """A model that was made of another, which leaves alone what was left alone of the other.
@@ -228,6 +235,11 @@ def prepared(
         timed=timed,
         notes=notes,
     )
+
+
+def _coarse(menus: Menus) -> bool:
+    """Whether multiples are few for some group of channels on the menu."""
+    return any(len(group.order) < _FEW * menus.multiple for group in menus.groups.values())
 
 
 def on_request(curvature: Curvature) -> tuple[str, ...]:

@@ -116,6 +116,8 @@ class Source:
         model: the original, or what an earlier shot made of it.
         curvature: of it.
         menus: of it; None for other methods than ``auto``.
+        finer: menus of channels alone, in any number; None where ``menus`` has no multiples, or
+            they were asked for.
         calibration: of the menus' prices.
         latency: of its layers, where the budget asks for it.
         outputs: for layers that lost outputs before, which of the original's are left.
@@ -125,6 +127,7 @@ class Source:
     model: nn.Module
     curvature: Curvature
     menus: Menus | None
+    finer: Menus | None = None
     calibration: Calibration = field(default_factory=Calibration)
     latency: LatencyTable | None = None
     outputs: Mapping[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])

@@ -82,8 +82,8 @@ def sweep(
         damping: of S and A where they are inverted.
         ignore: shell patterns over dotted paths of layers to leave alone.
         actions: what may be done to a layer.
-        multiple: ranks and channels left are multiples of this; by default 8 if there is a budget
-            of latency, and 1 otherwise.
+        multiple: ranks and channels left are multiples of this; by default 1, and if there is a
+            budget of latency 8, beside which any number of channels is tried in narrow networks.
         floors: by shell pattern the fraction of a layer's MACs that has to stay.
         refine: the most L-BFGS steps on an input basis; fewer than `compress` takes, as it is done
             for every budget.
