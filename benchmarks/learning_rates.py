@@ -1,0 +1,93 @@
+"""The learning rate that peers.py trains all with: chosen on training images that are held out.
+
+Ours and the best of Torch-Pruning at half the MACs are fine-tuned as in peers.py at each rate, on
+the training split less a tenth. Accuracy is that on this tenth, which also chooses the epoch; the
+test split is not read. The original was trained on it, as on all the rest. Run
+
+    python benchmarks/learning_rates.py --data CIFAR10.zip --weights resnet20.safetensors
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+from pathlib import Path
+
+import torch
+from peers import LEARNING_RATE, Harness
+from recording import add_row, known_rows
+from torch import nn
+
+import eigendamage as ed
+from eigendamage import zoo
+
+RATES = (0.01, 0.02, 0.05)
+METHODS = ("ours, auto", "Torch-Pruning GroupTaylor, global")
+KEYS = ("network", "seed", "budget", "epochs", "method", "rate")
+COMMAND = "python benchmarks/learning_rates.py --data CIFAR10.zip --weights resnet20.safetensors"
+
+
+def tuned(
+    harness: Harness, small: nn.Module, images: zoo.ImageSet, held: zoo.ImageSet, rate: float
+) -> float:
+    """Accuracy on the held-out images after training."""
+    batches = held.batches(200)
+    ed.finetune(
+        small,
+        images.batches(128, shuffle_seed=harness.seed, augment=True),
+        ed.FinetuneConfig(
+            epochs=harness.given.epochs,
+            learning_rate=rate,
+            precision=harness.given.precision,
+            seed=harness.seed,
+        ),
+        original=copy.deepcopy(harness.model).to(memory_format=torch.channels_last),
+        held_out=batches,
+        progress=False,
+    )
+    return ed.evaluate(small, batches, progress=False).accuracy
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--network", default="resnet20", help="of the zoo")
+    parser.add_argument("--data", required=True, help="CIFAR-10")
+    parser.add_argument("--weights", help="trained weights")
+    parser.add_argument("--budget", type=float, default=0.5, help="of MACs")
+    parser.add_argument("--rates", type=float, nargs="+", default=RATES)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--precision", choices=("bf16", "no"), default="bf16")
+    here = Path(__file__).parent / "results" / "learning_rates.json"
+    parser.add_argument("--out", type=Path, default=here)
+    given = parser.parse_args()
+    harness = Harness(given, given.seed)
+    order = torch.randperm(len(harness.train), generator=torch.Generator().manual_seed(given.seed))
+    tenth = len(order) // 10
+    held, images = harness.train.take(order[:tenth]), harness.train.take(order[tenth:])
+    made = {method: harness.candidates()[method] for method in METHODS}
+    done = {tuple(row[key] for key in KEYS) for row in known_rows(given.out)}
+    for method, make in made.items():
+        small = make(given.budget).to(memory_format=torch.channels_last)
+        for rate in given.rates:
+            row = {
+                "network": given.network,
+                "seed": given.seed,
+                "budget": given.budget,
+                "epochs": given.epochs,
+                "method": method,
+                "rate": rate,
+                "precision": given.precision,
+            }
+            if tuple(row[key] for key in KEYS) in done:
+                continue
+            start = time.perf_counter()
+            row["held_out"] = tuned(harness, copy.deepcopy(small), images, held, rate)
+            row["seconds"] = round(time.perf_counter() - start, 1)
+            print(row, flush=True)
+            add_row(given.out, {"command": COMMAND, "chosen": LEARNING_RATE}, row, KEYS)
+
+
+if __name__ == "__main__":
+    main()
