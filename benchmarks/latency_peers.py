@@ -5,8 +5,9 @@ running them: eager, channels_last, torch.compile and onnxruntime, at batches of
 is trained; batch norm's statistics are measured again for all but the repaired ones. Accuracy is
 that on the test split. Torch-Pruning's shortcuts are timed as choices of channels, not as the
 convolutions that stand for them while it prunes. Both are asked for widths of any number and for
-multiples of 8, which our budgets of latency make by themselves. On a machine that does nothing
-else once the script says so, run
+multiples of 8. With ``--epochs`` those that ``--train`` names are then fine-tuned as in peers.py,
+whose result is taken where it has trained the same candidate. On a machine that does nothing else
+from when the script says so until it says that the times are taken, run
 
     python benchmarks/latency_peers.py
     python benchmarks/latency_peers.py --network NETWORK --data DATA --weights WEIGHTS
@@ -32,6 +33,7 @@ import torch
 from competitors import competitors
 from recording import add_row, known_rows, record
 from torch import Tensor, nn
+from tuning import fine_tune
 
 import eigendamage as ed
 from eigendamage import zoo
@@ -41,6 +43,8 @@ EXAMPLES = 2000
 OTHERS = ("Torch-Pruning GroupTaylor, global", "Torch-Pruning GroupTaylor, inner")
 COMMAND = "python benchmarks/latency_peers.py --network NETWORK --data DATA --weights WEIGHTS"
 ROUNDS = 31
+KEYS = ("network", "seed", "candidate")
+TRAINING_THREADS = 1
 SAMPLE = 5e-3
 """Seconds. Long enough that threads which the one before left spinning have gone to sleep."""
 
@@ -146,6 +150,9 @@ def main() -> None:
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.75, 0.5, 0.35], help="MACs")
     parser.add_argument("--latencies", type=float, nargs="+", default=[0.75, 0.5])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of timings")
+    parser.add_argument("--epochs", type=int, default=0, help="of training after the timing")
+    parser.add_argument("--train", nargs="+", default=[""], help="only with this in their name")
+    parser.add_argument("--precision", choices=("bf16", "no"), default="bf16", help="of training")
     here = Path(__file__).parent / "results" / "latency_peers.json"
     parser.add_argument("--out", type=Path, default=here)
     given = parser.parse_args()
@@ -175,6 +182,7 @@ def main() -> None:
                 for number, name in enumerate(models):
                     times[name][f"{way}, {batch}"] = float(middle[number])
                     spreads[name][f"{way}, {batch}"] = float(high[number] - low[number])
+    print("the times are taken", flush=True)
     head = {"command": COMMAND, "rounds": ROUNDS, "examples": EXAMPLES}
     others = [row for row in known_rows(given.out) if row["network"] != given.network]
     record(given.out, {**head, "rows": others})  # rows of two runs did not take turns
@@ -188,7 +196,42 @@ def main() -> None:
             row["milliseconds"] = times[name]
             row["interquartile_milliseconds"] = spreads[name]
         print(row, flush=True)
-        add_row(given.out, head, row, ("network", "seed", "candidate"))
+        add_row(given.out, head, row, KEYS)
+    if given.epochs:
+        train(given, model, models, head)
+
+
+def train(
+    given: argparse.Namespace, original: nn.Module, models: dict[str, nn.Module], head: Any
+) -> None:
+    """Add to rows what the networks are at after training."""
+    torch.set_num_threads(TRAINING_THREADS)
+    peers = {
+        _of_peers(row["method"], row["budget"]): row["tuned"]
+        for row in known_rows(Path(__file__).parent / "results" / "peers.json")
+        if (row["network"], row["seed"], row["epochs"]) == (given.network, 0, given.epochs)
+    }
+    everything = images(given, "train", None)
+    test = images(given, "test", None).batches(200)
+    for name, small in models.items():
+        tuned = peers.get(name)
+        if tuned is None and name != "original" and any(part in name for part in given.train):
+            small.to(memory_format=torch.channels_last)
+            fine_tune(small, original, everything, epochs=given.epochs, precision=given.precision)
+            tuned = ed.evaluate(small, test, progress=False).accuracy
+        if tuned is None:
+            continue
+        print(f"{name}, trained: {tuned}", flush=True)
+        rows = known_rows(given.out)
+        (row,) = (r for r in rows if (r["network"], r["candidate"]) == (given.network, name))
+        row.update(epochs=given.epochs, tuned=tuned)
+        record(given.out, {**head, "rows": rows})
+
+
+def _of_peers(method: str, budget: float) -> str:
+    """What a method of peers.py at a budget is called here."""
+    name = method.replace("ours, channels", "auto, channels").replace("ours, auto", "auto")
+    return f"{name}, macs {budget:g}"
 
 
 if __name__ == "__main__":

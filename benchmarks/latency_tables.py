@@ -35,22 +35,25 @@ def render(results: Results) -> str:
         rows = of_network(results, network)
         first = original(rows)
         ways = list(first["milliseconds"])
+        trained = [row for row in rows if "tuned" in row]
         made = sorted((r for r in rows if "refused" not in r), key=lambda row: -row["accuracy"])
         lines = [
             [
                 row["candidate"],
                 f"{100 * row['macs']:.0f} %",
                 f"{100 * row['accuracy']:.1f} %",
+                *([f"{100 * row['tuned']:.1f} %" if "tuned" in row else "–"] if trained else []),
                 *(f"{fastest(row, batch) / fastest(first, batch):.2f}" for batch in BATCHES),
                 *(f"{row['milliseconds'][way] / first['milliseconds'][way]:.2f}" for way in ways),
             ]
             for row in made
         ]
         refused = [row for row in rows if "refused" in row]
+        after = [f"after {trained[0]['epochs']} epochs"] if trained else []
         best = [f"fastest way, {batch}" for batch in BATCHES]
         parts += [
             f"**{network}**",
-            table(["candidate", "MACs left", "accuracy", *best, *ways], lines),
+            table(["candidate", "MACs left", "accuracy", *after, *best, *ways], lines),
             _original(first),
             *(
                 f"Refused, {row['candidate']}: {row['refused'].partition(';')[0]}."
@@ -62,7 +65,8 @@ def render(results: Results) -> str:
     parts.append(
         f"Times as fractions of the original's, medians of {results['rounds']} rounds in which all "
         f"take turns{_spread(results)}; the number after the way is the batch; the fastest way of "
-        f"each is held against the fastest way of the original. No training. "
+        f"each is held against the fastest way of the original. Accuracy is that without training, "
+        f"and where a column says so after as many epochs as in the tables above. "
         f"`{results['command']}`, seed 0, {threads} threads of {cores} cores; torch "
         f"{first['versions']['torch']}, eigendamage {first['versions']['eigendamage']}."
     )

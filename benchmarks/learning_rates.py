@@ -15,38 +15,16 @@ import time
 from pathlib import Path
 
 import torch
-from peers import LEARNING_RATE, Harness
+from peers import Harness
 from recording import add_row, known_rows
-from torch import nn
+from tuning import LEARNING_RATE, fine_tune
 
 import eigendamage as ed
-from eigendamage import zoo
 
 RATES = (0.01, 0.02, 0.05)
 METHODS = ("ours, auto", "Torch-Pruning GroupTaylor, global")
 KEYS = ("network", "seed", "budget", "epochs", "method", "rate")
 COMMAND = "python benchmarks/learning_rates.py --data CIFAR10.zip --weights resnet20.safetensors"
-
-
-def tuned(
-    harness: Harness, small: nn.Module, images: zoo.ImageSet, held: zoo.ImageSet, rate: float
-) -> float:
-    """Accuracy on the held-out images after training."""
-    batches = held.batches(200)
-    ed.finetune(
-        small,
-        images.batches(128, shuffle_seed=harness.seed, augment=True),
-        ed.FinetuneConfig(
-            epochs=harness.given.epochs,
-            learning_rate=rate,
-            precision=harness.given.precision,
-            seed=harness.seed,
-        ),
-        original=copy.deepcopy(harness.model).to(memory_format=torch.channels_last),
-        held_out=batches,
-        progress=False,
-    )
-    return ed.evaluate(small, batches, progress=False).accuracy
 
 
 def main() -> None:
@@ -83,7 +61,19 @@ def main() -> None:
             if tuple(row[key] for key in KEYS) in done:
                 continue
             start = time.perf_counter()
-            row["held_out"] = tuned(harness, copy.deepcopy(small), images, held, rate)
+            learner = copy.deepcopy(small)
+            fine_tune(
+                learner,
+                harness.model,
+                images,
+                epochs=given.epochs,
+                precision=given.precision,
+                seed=given.seed,
+                rate=rate,
+                held_out=held,
+            )
+            judged = ed.evaluate(learner, held.batches(200), progress=False)
+            row["held_out"] = judged.accuracy
             row["seconds"] = round(time.perf_counter() - start, 1)
             print(row, flush=True)
             add_row(given.out, {"command": COMMAND, "chosen": LEARNING_RATE}, row, KEYS)

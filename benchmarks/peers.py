@@ -16,7 +16,6 @@ Rows that the results file has already are not done again, unless ``--again`` is
 from __future__ import annotations
 
 import argparse
-import copy
 import gzip
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +28,7 @@ import torch
 from competitors import competitors
 from recording import add_row, known_rows
 from torch import nn
+from tuning import LEARNING_RATE, fine_tune
 
 import eigendamage as ed
 from eigendamage import zoo
@@ -37,7 +37,6 @@ from eigendamage.plan import ACTIONS, ActionKind
 EXAMPLES = 2000
 BUDGETS = (0.75, 0.5, 0.35, 0.25)
 FAMILY = ("eigendamage", "kron-obs", "kron-obd", "c-obs", "c-obd")
-LEARNING_RATE = 0.02
 KEYS = ("network", "seed", "budget", "epochs", "method")
 OF_TRAINING = ("precision", "tuned", "training_seconds")
 COMMAND = (
@@ -147,19 +146,8 @@ class Harness:
         return self.labelled.source.take(slice(0, 50)).batches(50)
 
     def tuned(self, small: nn.Module, epochs: int) -> float | None:
-        original = copy.deepcopy(self.model).to(memory_format=torch.channels_last)
-        ed.finetune(
-            small,
-            self.train.batches(128, shuffle_seed=self.seed, augment=True),
-            ed.FinetuneConfig(
-                epochs=epochs,
-                learning_rate=LEARNING_RATE,
-                precision=self.given.precision,
-                seed=self.seed,
-            ),
-            original=original,
-            progress=False,
-        )
+        precision = self.given.precision
+        fine_tune(small, self.model, self.train, epochs=epochs, precision=precision, seed=self.seed)
         return ed.evaluate(small, self.test, progress=False).accuracy
 
     def row(
