@@ -284,6 +284,18 @@ def test_what_no_plan_meets_by_the_table_is_built_and_measured(
     assert result.plan.budget == ed.Budget(latency=0.52)
 
 
+def test_what_no_plan_meets_by_the_table_is_built_beside_other_limits_too(
+    monkeypatch: pytest.MonkeyPatch, curvature: ed.Curvature
+) -> None:
+    whole = PER_MAC * ed.count(_model(), _batches()[0]).macs
+    _device(monkeypatch, curvature, overhead=0.0, told=2 * whole)
+    budget = ed.Budget(latency=0.52, params=0.4)
+    result = _compress(budget, curvature=curvature, multiple=1, actions=MEASURED)
+    assert result.report.latency <= 0.52
+    assert result.plan.left("params") <= 0.4
+    assert result.plan.budget == budget
+
+
 def test_a_latency_below_the_fastest_that_can_be_planned_names_what_that_takes(
     monkeypatch: pytest.MonkeyPatch, curvature: ed.Curvature
 ) -> None:

@@ -77,7 +77,7 @@ def within_latency(
     refused: BudgetError | NothingToCompressError | None = None
     for way in _ways(source, settings):
         try:
-            best, least = _trials(way, budget, timing)
+            best, least = _trials(way, budget, timing, _dearest(within))
         except (BudgetError, NothingToCompressError) as error:
             refused = refused or error
             continue
@@ -131,14 +131,23 @@ def _price(plan: Plan) -> float:
     return plan.calibrated or plan.price or 0.0
 
 
-def _trials(way: _Way, budget: Budget, timing: Timing) -> tuple[tuple[Source, Plan] | None, float]:
+def _dearest(within: list[tuple[Source, Plan]]) -> float:
+    """What a plan may cost so as to be built: the price of the last that would be without it."""
+    prices = sorted(_price(plan) for _, plan in within)
+    return prices[_BUILT - 1] if len(prices) >= _BUILT else math.inf
+
+
+def _trials(
+    way: _Way, budget: Budget, timing: Timing, dearest: float
+) -> tuple[tuple[Source, Plan] | None, float]:
     """The slowest model within a latency, if any, and what the fastest that was built takes.
 
     The table's times of layers do not add up to those of a model to the last few percent, so models
     are built by it (without a repair, which changes no time) and measured whole beside the one
     that they are made of, and the budget is corrected until the result is within it and not far
     below. Where by the table no plan is fast enough, what it says is the fastest is built: what it
-    counts as time between the layers gets shorter too where they get narrower.
+    counts as time between the layers gets shorter too where they get narrower. Plans that cost more
+    than ``dearest`` and are still too slow are not pursued: what is faster costs more.
 
     Raises:
         BudgetError: if there is no plan to build, as another limit of the budget cannot be met.
@@ -177,6 +186,8 @@ def _trials(way: _Way, budget: Budget, timing: Timing) -> tuple[tuple[Source, Pl
             lowest = max(lowest, asked)
             if fraction >= _BELOW * goal:
                 break
+        elif _price(plan) > dearest:
+            break
         else:
             highest = min(highest, asked)
         # Exact where time is a fixed part and one in proportion to what was asked for.
