@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib import rc_context
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -152,6 +153,18 @@ def test_a_plot_is_a_file_of_its_kind(measured: ed.Sweep, tmp_path: Path, kind: 
     with pytest.raises(ed.NothingToCompressError, match="no budget of the sweep could be met"):
         ed.plot_sweep(nothing, tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
+
+
+def test_a_plot_of_latencies_is_against_latency(measured: ed.Sweep, tmp_path: Path) -> None:
+    rows = [row.model_copy(update={"latency": row.macs}) for row in measured.rows]
+    for sweep, across in (
+        (measured, "MACs left"),
+        (measured.model_copy(update={"rows": tuple(rows)}), "latency left"),
+    ):
+        with rc_context({"svg.fonttype": "none"}):
+            ed.plot_sweep(sweep, tmp_path / "sweep.svg")
+        drawn = (tmp_path / "sweep.svg").read_text()
+        assert [left for left in ("MACs left", "latency left") if left in drawn] == [across]
 
 
 def test_same_seed_same_sweep(measured: ed.Sweep) -> None:

@@ -111,6 +111,11 @@ def test_every_exit_code_is_in_the_help_and_in_the_page() -> None:
             for seed in ("99999999999999999999", str(-(2**63) - 1))
         ),
         (["sweep", *_GIVEN, "--multiple", "0"], 2, "BadParameter", "--multiple"),
+        (["sweep", *_GIVEN, "--unit", "ratio"], 2, "BadParameter", "--unit"),
+        (
+            ["sweep", *_GIVEN, "--unit", "latency", "--budgets", "1.5"],
+            *(2, "BadParameter", "--budgets: latency is 1.5"),
+        ),
         (["compare", *_GIVEN, "--epochs", "-1"], 2, "BadParameter", "--epochs"),
         (["sweep", *_GIVEN, "--actions", "noaction"], 2, "BadParameter", "noaction"),
         (["compare", *_GIVEN, "--methods", "nomethod"], 2, "BadParameter", "nomethod"),

@@ -6,7 +6,7 @@ import os
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
+from typing import Literal, cast
 
 import typer
 
@@ -25,6 +25,9 @@ from eigendamage.plan import (
 )
 from eigendamage.seeds import check_seed
 from eigendamage.training import FinetuneConfig
+
+SweepUnit = Literal[Unit, "latency", "loss"]
+"""What the budgets of a sweep may be of."""
 
 
 @contextmanager
@@ -51,11 +54,11 @@ def fractions(text: str, option: str) -> list[float]:
     return found
 
 
-def budgets(text: str, unit: Unit, option: str) -> list[Budget]:
-    """Budgets in one unit, from fractions separated by commas.
+def budgets(text: str, unit: SweepUnit, option: str) -> list[Budget]:
+    """Budgets in one unit, from numbers separated by commas.
 
     Raises:
-        BadParameter: if there is none, or one is no fraction.
+        BadParameter: if there is none, or one is none that a budget of this unit can be.
     """
     return [budget(option, **{unit: fraction}) for fraction in fractions(text, option)]
 

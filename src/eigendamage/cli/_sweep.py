@@ -9,13 +9,13 @@ import typer
 from rich.console import Console
 
 from eigendamage.cli._completion import MODEL_HELP, model_names
+from eigendamage.cli._parsing import SweepUnit, checked_seed, floors, kinds, refuse_unwritable
 from eigendamage.cli._parsing import budgets as budgets_of
-from eigendamage.cli._parsing import checked_seed, floors, kinds, refuse_unwritable
 from eigendamage.cli._sources import load_data, load_model
 from eigendamage.compress import sweep
 from eigendamage.curvature import Fisher
 from eigendamage.files import alone_in, make_folder
-from eigendamage.plan import ACTIONS, Budget, Unit
+from eigendamage.plan import ACTIONS, Budget
 from eigendamage.report import SweepRow, number, percent, plot_sweep, print_sweep
 
 
@@ -32,11 +32,18 @@ def sweep_command(
     budgets: str = typer.Option(
         "0.9,0.8,0.7,0.6,0.5,0.4,0.3,0.2", help="Fractions of the model to leave, by commas."
     ),
-    unit: Unit = typer.Option("macs", help="What budgets are fractions of."),
+    unit: SweepUnit = typer.Option(
+        "macs",
+        help="What budgets are fractions of; latency as measured on this device. Of loss they are "
+        "what it may rise by.",
+    ),
     measure: str = typer.Option(
         "none", help="Which of them to build, repair and measure: all, none or fractions by commas."
     ),
-    multiple: int = typer.Option(1, min=1, help="Ranks and channels left are multiples of this."),
+    multiple: int | None = typer.Option(
+        None, min=1, help="Ranks and channels left are multiples of this; 8 for latency, else 1."
+    ),
+    latency_batch: int = typer.Option(1, min=1, help="Images a call where latency is measured."),
     floor: list[str] = typer.Option(
         [], help="PATTERN=FRACTION of its MACs that a layer has to keep; may be repeated."
     ),
@@ -88,6 +95,7 @@ def sweep_command(
             ignore=ignore,
             actions=allowed,
             multiple=multiple,
+            latency_batch=latency_batch,
             floors=floor_of,
             calibrate=calibrate,
             repair=repair,
@@ -106,7 +114,7 @@ def sweep_command(
     console.print(f"Written to {out}.")
 
 
-def _to_measure(text: str, unit: Unit) -> list[Budget] | Literal["none", "all"]:
+def _to_measure(text: str, unit: SweepUnit) -> list[Budget] | Literal["none", "all"]:
     match text:
         case "all" | "none":
             return text

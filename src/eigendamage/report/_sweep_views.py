@@ -41,6 +41,9 @@ _COLUMNS: tuple[tuple[str, Callable[[SweepRow], str]], ...] = (
 )
 """Those that are empty for all rows are left out."""
 
+Rows = list[tuple[float, SweepRow]]
+"""What is left and the row."""
+
 
 def print_sweep(sweep: Sweep, console: Console | None = None) -> None:
     """Print one table, a row a budget, and why budgets cannot be met."""
@@ -68,7 +71,8 @@ def print_sweep(sweep: Sweep, console: Console | None = None) -> None:
 def plot_sweep(sweep: Sweep, path: str | Path) -> None:
     """Draw accuracy (where it was measured) and divergence against the MACs left.
 
-    Predictions are lines, measurements points; the divergence has a logarithmic axis.
+    Where all rows have a latency, that takes the place of the MACs. Predictions are lines,
+    measurements points; the divergence has a logarithmic axis.
 
     Args:
         sweep: what to draw.
@@ -81,9 +85,9 @@ def plot_sweep(sweep: Sweep, path: str | Path) -> None:
     from matplotlib.figure import Figure  # noqa: PLC0415
     from matplotlib.ticker import PercentFormatter  # noqa: PLC0415
 
-    rows = sorted(
-        (row for row in sweep.rows if row.macs is not None), key=lambda row: row.macs or 0.0
-    )
+    met = [row for row in sweep.rows if row.macs is not None]
+    timed = all(row.latency is not None for row in met)
+    rows = sorted(((_left(row, timed), row) for row in met), key=lambda pair: pair[0])
     if not rows:
         raise NothingToCompressError(
             "there is nothing to draw: no budget of the sweep could be met"
@@ -102,7 +106,7 @@ def plot_sweep(sweep: Sweep, path: str | Path) -> None:
             )
     _draw_divergence(axes[-1], rows)
     for axis in axes:
-        axis.set_xlabel("MACs left")
+        axis.set_xlabel("latency left" if timed else "MACs left")
         axis.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axis.grid(color="0.92")
         axis.legend(fontsize=8, frameon=False)
@@ -114,7 +118,7 @@ def plot_sweep(sweep: Sweep, path: str | Path) -> None:
         figure.savefig(beside, format=Path(path).suffix.removeprefix(".") or "png", dpi=100)
 
 
-def _draw_divergence(axis: Any, rows: list[SweepRow]) -> None:
+def _draw_divergence(axis: Any, rows: Rows) -> None:
     """Lines for what was predicted and points for what was measured; zeros have no logarithm."""
     for label, style, points in (
         ("priced", {"color": "C0", "linestyle": "--"}, _points(rows, "priced")),
@@ -128,10 +132,14 @@ def _draw_divergence(axis: Any, rows: list[SweepRow]) -> None:
     axis.set_ylabel("divergence from the original")
 
 
-def _points(rows: list[SweepRow], what: str) -> list[tuple[float, float]]:
-    """(MACs left, value) of the rows that have the value, a field of theirs or of `Measured`."""
+def _left(row: SweepRow, timed: bool) -> float:
+    return (row.latency if timed else row.macs) or 0.0
+
+
+def _points(rows: Rows, what: str) -> list[tuple[float, float]]:
+    """(Fraction left, value) where there is the value, a field of a row or of its `Measured`."""
     found = (
-        (row.macs, getattr(row if what in SweepRow.model_fields else row.measured, what, None))
-        for row in rows
+        (x, getattr(row if what in SweepRow.model_fields else row.measured, what, None))
+        for x, row in rows
     )
-    return [(x, y) for x, y in found if x is not None and y is not None]
+    return [(x, y) for x, y in found if y is not None]
