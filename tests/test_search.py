@@ -302,7 +302,7 @@ def test_a_latency_below_the_fastest_that_can_be_planned_names_what_that_takes(
     timed = _device(monkeypatch, curvature, overhead=1e3, told=1e3)
     with pytest.raises(ed.BudgetError, match=r"the fastest model that was built takes 0\.98\d of"):
         _compress(ed.Budget(latency=0.5), curvature=curvature, multiple=1, actions=MEASURED)
-    assert timed  # the fastest of each way to plan was built
+    assert len(timed) == 5  # all actions by the table, and channels alone by it and by MACs
 
 
 def test_channels_alone_are_built_where_calls_of_low_rank_layers_cost_too_much(
@@ -332,7 +332,7 @@ def test_channels_alone_are_built_where_calls_of_low_rank_layers_cost_too_much(
 def test_a_table_that_is_wrong_about_the_model_is_not_all_that_plans_are_made_by(
     monkeypatch: pytest.MonkeyPatch, curvature: ed.Curvature
 ) -> None:
-    """Of the same time the model that diverges least is taken, here one that is planned by MACs."""
+    """Of the same time the model that diverges least is taken, here one of channels alone."""
     _device(monkeypatch, curvature, overhead=0.0, told=0.0)
     right = _table(curvature)
 
@@ -353,11 +353,87 @@ def test_a_table_that_is_wrong_about_the_model_is_not_all_that_plans_are_made_by
     budget = ed.Budget(latency=0.5)
     options = {"curvature": curvature, "multiple": 1, "actions": MEASURED}
     result = _compress(budget, **options)
+    assert result.report.latency <= 0.5
     every = _latency_search._ways
-    monkeypatch.setattr(_latency_search, "_ways", lambda *given: every(*given)[:1])
+    monkeypatch.setattr(_latency_search, "_ways", lambda *given: list(every(*given))[:1])
     by_table = _compress(budget, **options)
-    assert max(result.report.latency, by_table.report.latency) <= 0.5
     assert _divergence(result.model) < 0.8 * _divergence(by_table.model)
+
+
+def test_of_plans_that_are_fast_enough_the_two_cheapest_are_built_and_the_less_harmed_is_taken(
+    monkeypatch: pytest.MonkeyPatch, curvature: ed.Curvature
+) -> None:
+    """Also where that is not the cheaper of the two."""
+    _device(monkeypatch, curvature, overhead=0.0, told=0.0)
+    seen = []
+
+    def reversed_order(original: nn.Module, model: nn.Module, settings: object) -> float | None:
+        seen.append(model)
+        return 1.0 / len(seen)
+
+    built = []
+    make = _latency_search.built
+
+    def counted(*given: object) -> object:
+        built.append(make(*given))
+        return built[-1]
+
+    monkeypatch.setattr(_latency_search, "divergence", reversed_order)
+    monkeypatch.setattr(_latency_search, "built", counted)
+    result = _compress(ed.Budget(latency=0.8), curvature=curvature, multiple=1, actions=MEASURED)
+    cheaper, dearer = built
+    assert cheaper.plan.price <= dearer.plan.price
+    assert cheaper.plan.layers != dearer.plan.layers
+    assert result.plan.layers == dearer.plan.layers
+
+
+def test_a_limit_beside_the_latency_is_not_planned_for_again_and_again(
+    monkeypatch: pytest.MonkeyPatch, curvature: ed.Curvature
+) -> None:
+    timed = _device(monkeypatch, curvature, overhead=0.0, told=0.0)
+    plan, asked = _latency_search.planned, []
+
+    def counted(source: object, budget: ed.Budget, settings: object) -> object:
+        asked.append(budget)
+        return plan(source, budget, settings)
+
+    monkeypatch.setattr(_latency_search, "planned", counted)
+    budget = ed.Budget(latency=0.9, macs=0.3)
+    result = _compress(budget, curvature=curvature, multiple=1, actions=MEASURED)
+    assert 0.25 < result.plan.left("macs") <= 0.3
+    assert len(asked) <= 6  # of three ways
+    assert len(timed) <= 7
+    asked.clear()
+    with pytest.raises(ed.BudgetError, match="can be reached"):
+        _compress(
+            ed.Budget(latency=0.6, macs=0.001),
+            curvature=curvature,
+            multiple=1,
+            actions=MEASURED,
+        )
+    assert len(asked) == 3
+
+
+def test_a_sweep_goes_on_with_all_that_was_on_the_menu(
+    monkeypatch: pytest.MonkeyPatch, curvature: ed.Curvature
+) -> None:
+    """After a latency that channels alone, in any number, meet best."""
+    _device(monkeypatch, curvature, overhead=0.0, told=0.0)
+    steady = _latency_search.latency
+
+    def low_rank_is_slow(models: list[nn.Module], data: object, **options: int) -> list[Latency]:
+        times = steady(models, data, **options)
+        slow = [any(isinstance(m, FactoredConv2d) for m in model.modules()) for model in models]
+        return [Latency(t.median * (1 + n), 0.0) for t, n in zip(times, slow, strict=True)]
+
+    monkeypatch.setattr(_latency_search, "latency", low_rank_is_slow)
+    options = {"curvature": curvature, "actions": MEASURED, "calibrate": False, "refine": 0}
+    sizes = [ed.Budget(latency=0.7), ed.Budget(macs=0.5)]
+    both = ed.sweep(_model(), _batches(), budgets=sizes, progress=False, **options)
+    alone = ed.sweep(_model(), _batches(), budgets=sizes[1:], multiple=8, progress=False, **options)
+    assert both.rows[0].latency is not None
+    assert both.rows[0].latency <= 0.7
+    assert both.rows[1].priced == alone.rows[0].priced
 
 
 def test_narrow_groups_may_have_any_number_of_channels_unless_multiples_were_asked_for(

@@ -18,6 +18,8 @@ from eigendamage.files import alone_in, make_folder
 from eigendamage.plan import ACTIONS, Budget
 from eigendamage.report import SweepRow, number, percent, plot_sweep, print_sweep
 
+_BUDGETS = "0.9,0.8,0.7,0.6,0.5,0.4,0.3,0.2"
+
 
 def sweep_command(
     model: str = typer.Option(..., help=MODEL_HELP, autocompletion=model_names),
@@ -29,16 +31,18 @@ def sweep_command(
     pretrained: bool = typer.Option(
         False, "--pretrained", help="For timm: and torchvision:, fetch the weights they have."
     ),
-    budgets: str = typer.Option(
-        "0.9,0.8,0.7,0.6,0.5,0.4,0.3,0.2", help="Fractions of the model to leave, by commas."
+    budgets: str | None = typer.Option(
+        None,
+        help=f"What to leave of the model, in fractions by commas; {_BUDGETS} by default. Of loss "
+        "the divergences to stay below.",
     ),
     unit: SweepUnit = typer.Option(
         "macs",
-        help="What budgets are fractions of; latency as measured on this device. Of loss they are "
-        "what it may rise by.",
+        help="What budgets are of; latency as measured on this device, loss as a divergence from "
+        "the original in nats.",
     ),
     measure: str = typer.Option(
-        "none", help="Which of them to build, repair and measure: all, none or fractions by commas."
+        "none", help="Which of them to build, repair and measure: all, none or some by commas."
     ),
     multiple: int | None = typer.Option(
         None, min=1, help="Ranks and channels left are multiples of this; 8 for latency, else 1."
@@ -64,11 +68,13 @@ def sweep_command(
     """Predict what a model loses at many budgets, by one curvature, and measure it where asked.
 
     The folder OUT gets sweep.json, sweep.svg and sweep.png. Every budget is planned as compress
-    plans it; one that cannot be met is a row that says why. If none can, there is no plot, and the
-    exit code is 4.
+    plans it, those of latency and loss by building and measuring; one that cannot be met is a row
+    that says why. If none can, there is no plot, and the exit code is 4.
     """
     refuse_unwritable(out)
-    goals = budgets_of(budgets, unit, "--budgets")
+    if budgets is None and unit == "loss":
+        raise typer.BadParameter("a sweep of losses needs its --budgets", param_hint="--unit")
+    goals = budgets_of(_BUDGETS if budgets is None else budgets, unit, "--budgets")
     floor_of, allowed = floors(floor), kinds(actions)
     to_measure = _to_measure(measure, unit)
     network = load_model(model, weights, pretrained=pretrained)

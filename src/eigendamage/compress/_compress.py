@@ -104,7 +104,7 @@ def compress(
         ignore: shell patterns over dotted paths of layers to leave alone.
         actions: for ``auto``: what may be done to a layer.
         multiple: for ``auto``: ranks and channels left are multiples of this. By default 1; for a
-            budget of latency 8, beside which any number of channels is tried in narrow networks.
+            budget of latency 8, beside which any number of channels is tried in narrow groups.
         floors: for ``auto``: by shell pattern the fraction of a layer's MACs that has to stay.
         refine: for ``auto``: the most L-BFGS steps on an input basis.
         calibrate: for ``auto``: whether prices are corrected by what layers are measured to cost

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -12,9 +13,9 @@ from eigendamage.batches import Data
 from eigendamage.compress._planned import planned
 from eigendamage.compress._steps import Built, Settings, Source, built, divergence
 from eigendamage.distributed import decided
-from eigendamage.errors import BudgetError, NothingToCompressError
-from eigendamage.measure import Latency, latency
-from eigendamage.plan import Budget, Plan
+from eigendamage.errors import BudgetError, EigenDamageError, NothingToCompressError
+from eigendamage.measure import latency
+from eigendamage.plan import Budget, Menus, Plan
 from eigendamage.surgery import apply_plan
 
 _TRIALS = 6
@@ -43,24 +44,49 @@ class _Way:
     """One way to plan for a latency.
 
     Attributes:
-        source: with the menus to plan from.
         settings: with the actions that are allowed.
+        menus: to plan from.
         unit: what the plans are asked for: ``latency`` by the table of layers, or ``macs``.
     """
 
-    source: Source
     settings: Settings
+    menus: Menus | None
     unit: Literal["latency", "macs"] = "latency"
+
+    def limit(self, whole: Budget) -> float:
+        """The most that may be asked for, as the budget says something of this unit beside."""
+        return whole.given.get(self.unit, 1.0) if self.unit != "latency" else 1.0
 
     def budget(self, whole: Budget, asked: float) -> Budget:
         """What to plan for: ``asked`` in place of the latency, and what else holds."""
         given = {unit: limit for unit, limit in whole.given.items() if unit != "latency"}
-        asked = min(asked, given.get(self.unit, 1.0))
         return Budget(**{**given, self.unit: asked})
 
 
+@dataclass(frozen=True)
+class _Trials:
+    """What came of one way.
+
+    Attributes:
+        source: with what was calibrated on the way.
+        best: the slowest plan whose model is within the latency, if there is one.
+        fastest: what the fastest model that was built takes.
+        refused: why nothing was built; None if something was.
+    """
+
+    source: Source
+    best: Plan | None = None
+    fastest: float = math.inf
+    refused: BudgetError | NothingToCompressError | None = None
+
+
 def within_latency(
-    original: nn.Module, source: Source, budget: Budget, settings: Settings, timing: Timing
+    original: nn.Module,
+    source: Source,
+    budget: Budget,
+    goal: float,
+    settings: Settings,
+    timing: Timing,
 ) -> Built:
     """The best model that, measured whole, is within a latency.
 
@@ -69,20 +95,26 @@ def within_latency(
     alone are tried too, also in other numbers than the multiples of the menus and by MACs; of the
     plans of least price that is taken which diverges least once it is repaired.
 
+    Args:
+        original: what is repaired towards.
+        source: what the model is made of.
+        budget: all of it.
+        goal: the latency in it.
+        settings: of the steps.
+        timing: of latencies.
+
     Raises:
-        BudgetError: if no model that was built is fast enough.
+        BudgetError: if no model that was built is fast enough, or none can be planned.
+        NothingToCompressError: if nothing may be changed.
     """
-    within: list[tuple[Source, Plan]] = []
-    fastest = math.inf
-    refused: BudgetError | NothingToCompressError | None = None
+    menus, within = source.menus, list[Plan]()
+    fastest, refused = math.inf, None
     for way in _ways(source, settings):
-        try:
-            best, least = _trials(way, budget, timing, _dearest(within))
-        except (BudgetError, NothingToCompressError) as error:
-            refused = refused or error
-            continue
-        fastest = min(fastest, least)
-        within += [best] if best is not None else []
+        tried = _trials(way, source, budget, goal, timing, _dearest(within))
+        source = replace(tried.source, menus=menus)
+        fastest, refused = min(fastest, tried.fastest), refused or tried.refused
+        if tried.best is not None and all(tried.best.layers != plan.layers for plan in within):
+            within.append(tried.best)
     if math.isinf(fastest) and refused is not None:
         raise refused
     if not within:
@@ -93,132 +125,147 @@ def within_latency(
             f"one of MACs",
             {"latency": fastest},
         )
-    within.sort(key=lambda found: _price(found[1]))
-    models = [built(original, found, plan, settings) for found, plan in within[:_BUILT]]
-    chosen = models[0] if len(models) == 1 else _least_harmed(original, models, settings)
+    chosen = _least_harmed(original, source, sorted(within, key=_price)[:_BUILT], settings)
     # The best of several noisy trials looks faster than it is: it is timed once more.
-    fraction = _fraction(chosen.source, chosen.plan, settings, timing, 2 * _ROUNDS)
-    assert budget.latency is not None
-    notes = (*chosen.notes, *_above(fraction, budget.latency))
-    return replace(chosen, latency=fraction, notes=notes)
+    fraction = _fraction(source, chosen.cut, settings, timing, 2 * _ROUNDS)
+    return replace(chosen, latency=fraction, notes=(*chosen.notes, *_above(fraction, goal)))
 
 
-def _ways(source: Source, settings: Settings) -> list[_Way]:
+def _ways(source: Source, settings: Settings) -> Iterator[_Way]:
     """All that is on the menu, by the table of layers; and channels alone, by it and by MACs."""
-    every, actions = _Way(source, settings), settings.planning.actions
+    actions = settings.planning.actions
+    if actions != ("channels",):
+        yield _Way(settings, source.menus)
     if "channels" not in actions:
-        return [every]
+        return
     alone = replace(settings, planning=replace(settings.planning, actions=("channels",)))
-    found = [] if actions == ("channels",) else [every]
-    for menus in (source.menus, source.finer):
-        if menus is not None:
-            of_menus = replace(source, menus=menus)
-            found += [_Way(of_menus, alone), _Way(of_menus, alone, "macs")]
-    return found
+    yield _Way(alone, source.menus)
+    yield _Way(alone, source.menus, "macs")
+    if source.finer is not None:
+        with settings.clock.stage("menus"):
+            finer = source.finer()
+        yield _Way(alone, finer)
+        yield _Way(alone, finer, "macs")
 
 
-def _least_harmed(original: nn.Module, models: list[Built], settings: Settings) -> Built:
-    """The model of least divergence on held-out inputs, or of least price where there is none."""
+def _least_harmed(
+    original: nn.Module, source: Source, plans: list[Plan], settings: Settings
+) -> Built:
+    """Of what plans make the model of least divergence on held-out inputs.
 
-    def harm(found: Built) -> float:
-        measured = divergence(original, found.model, settings)
-        return _price(found.plan) if measured is None else measured
-
-    return min(models, key=harm)
+    That of the first plan where there is no divergence.
+    """
+    first, *others = plans
+    best = built(original, source, first, settings)
+    least = divergence(original, best.model, settings) if others else None
+    if least is None:
+        return best
+    for plan in others:
+        other = built(original, source, plan, settings)
+        harm = divergence(original, other.model, settings)
+        if harm is not None and harm < least:
+            best, least = other, harm
+    return best
 
 
 def _price(plan: Plan) -> float:
-    return plan.calibrated or plan.price or 0.0
+    return plan.expected or 0.0
 
 
-def _dearest(within: list[tuple[Source, Plan]]) -> float:
+def _dearest(within: list[Plan]) -> float:
     """What a plan may cost so as to be built: the price of the last that would be without it."""
-    prices = sorted(_price(plan) for _, plan in within)
+    prices = sorted(map(_price, within))
     return prices[_BUILT - 1] if len(prices) >= _BUILT else math.inf
 
 
 def _trials(
-    way: _Way, budget: Budget, timing: Timing, dearest: float
-) -> tuple[tuple[Source, Plan] | None, float]:
-    """The slowest model within a latency, if any, and what the fastest that was built takes.
+    way: _Way, source: Source, budget: Budget, goal: float, timing: Timing, dearest: float
+) -> _Trials:
+    """The slowest model within a latency that one way of planning finds.
 
     The table's times of layers do not add up to those of a model to the last few percent, so models
     are built by it (without a repair, which changes no time) and measured whole beside the one
-    that they are made of, and the budget is corrected until the result is within it and not far
-    below. Where by the table no plan is fast enough, what it says is the fastest is built: what it
-    counts as time between the layers gets shorter too where they get narrower. Plans that cost more
-    than ``dearest`` and are still too slow are not pursued: what is faster costs more.
-
-    Raises:
-        BudgetError: if there is no plan to build, as another limit of the budget cannot be met.
+    that they are made of, and what is asked for is corrected until the result is within the latency
+    and not far below. Where by the table no plan is fast enough, what it says is the fastest is
+    built: what it counts as time between the layers gets shorter too where they get narrower. Plans
+    that cost more than ``dearest`` and are still too slow are not pursued: what is faster costs
+    more.
     """
-    assert budget.latency is not None
-    source, settings = way.source, way.settings
-    goal, asked = budget.latency, budget.latency
-    best: tuple[Source, Plan] | None = None
-    slowest, fastest = 0.0, math.inf
-    highest, lowest = 1.0, 0.0
-    refused: BudgetError | None = None
+    source, settings = replace(source, menus=way.menus), way.settings
+    found = _Trials(source)
+    lowest, highest = 0.0, way.limit(budget)
+    asked = min(goal, highest)
+    slowest, fraction, before = 0.0, math.inf, None
     for _ in range(_TRIALS):
         trial = way.budget(budget, asked)
         try:
-            found, plan = planned(source, trial, settings)
-        except BudgetError as error:
-            refused = refused or error
+            source, plan = planned(source, trial, settings)
+        except (BudgetError, NothingToCompressError) as error:
             lowest = asked
-            nearest = _nearest(error, trial, way.unit) if best is None else None
+            nearest = None if found.best is not None else _nearest(error, trial, way.unit)
             if nearest is not None and nearest < highest:
                 asked = lowest = nearest
-            elif math.isinf(fastest):
-                raise refused from None
+            elif math.isinf(found.fastest):
+                return replace(found, refused=error)
             else:
                 asked = (asked + highest) / 2
             continue
-        source = found
-        fraction = _fraction(source, plan, settings, timing, _ROUNDS)
-        if fraction <= goal:  # by chance, perhaps
-            again = _fraction(source, plan, settings, timing, _ROUNDS)
-            fraction = max(fraction, again)
-        fastest = min(fastest, fraction)
+        found = replace(found, source=source)
+        same = before is not None and plan.layers == before.layers
+        if not same:
+            before, fraction = plan, _slower(source, plan, settings, timing, goal)
+            found = replace(found, fastest=min(found.fastest, fraction))
         if fraction <= goal:
             if fraction > slowest:
-                best, slowest = (source, plan), fraction
+                found, slowest = replace(found, best=plan), fraction
+            if same or fraction >= _BELOW * goal:
+                break  # the same for more: it is another limit that holds
             lowest = max(lowest, asked)
-            if fraction >= _BELOW * goal:
-                break
         elif _price(plan) > dearest:
             break
         else:
             highest = min(highest, asked)
+        if highest - lowest < _CLOSE:
+            break
         # Exact where time is a fixed part and one in proportion to what was asked for.
         middle = 0.5 * (1 + _BELOW) * goal
         wanted = asked - (fraction - middle) * (1 - asked) / max(1 - fraction, 1e-9)
-        asked = wanted if lowest < wanted < highest else (lowest + highest) / 2
-        if highest - lowest < _CLOSE:
-            break
-    return best, fastest
+        near = lowest < wanted < highest and not same
+        asked = wanted if near else (lowest + highest) / 2
+    return found
 
 
-def _fraction(source: Source, plan: Plan, settings: Settings, timing: Timing, rounds: int) -> float:
-    """The measured time of what a plan makes of a model, as a fraction of that model's."""
-    with settings.clock.stage("latency"):
+def _slower(source: Source, plan: Plan, settings: Settings, timing: Timing, goal: float) -> float:
+    """The fraction of the time that what a plan makes takes; of two, if the first is within it."""
+    with settings.clock.stage("surgery"):
         cut = apply_plan(source.model, plan, source.curvature)
-        before, after = _times([source.model, cut], timing, rounds)
+    fraction = _fraction(source, cut, settings, timing, _ROUNDS)
+    if fraction > goal:
+        return fraction
+    return max(fraction, _fraction(source, cut, settings, timing, _ROUNDS))
+
+
+def _fraction(
+    source: Source, cut: nn.Module, settings: Settings, timing: Timing, rounds: int
+) -> float:
+    """The measured time of a model as a fraction of that which it was made of.
+
+    The first of several processes measures while the others wait.
+    """
+    with settings.clock.stage("latency"):
+        before, after = decided(
+            lambda: latency([source.model, cut], timing.data, batch=timing.batch, rounds=rounds)
+        )
     return after.median / before.median
 
 
-def _nearest(error: BudgetError, budget: Budget, unit: str) -> float | None:
+def _nearest(error: EigenDamageError, budget: Budget, unit: str) -> float | None:
     """The least of a unit that can be planned; None where something else stands in the way."""
-    least = error.least
+    least = error.least if isinstance(error, BudgetError) else {}
     beyond = [each for each, fraction in budget.given.items() if least.get(each, 0.0) > fraction]
     if beyond != [unit] or least[unit] >= 1 - _PLANNABLE:
         return None
     return least[unit] + _PLANNABLE
-
-
-def _times(models: list[nn.Module], timing: Timing, rounds: int) -> list[Latency]:
-    """What models take a call; the first of several processes measures while the others wait."""
-    return decided(lambda: latency(models, timing.data, batch=timing.batch, rounds=rounds))
 
 
 def _above(fraction: float, goal: float) -> tuple[str, ...]:

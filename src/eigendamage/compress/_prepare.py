@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 
 from torch import nn
 
@@ -49,7 +49,7 @@ _UNSTEADY = (
     "data in the same order in every pass"
 )
 _LATENCY_MULTIPLE = 8  # many processors take no less time for ranks in between
-_FEW = 8  # multiples: a group of fewer may do better with numbers in between
+_FEW = 8  # steps: a group of fewer may do better with numbers in between
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,11 +133,10 @@ class Preparation:
             ignore=tuple(ignore),
             progress=self.settings.progress,
         )
-        finer: Menus | None = None
         with self.settings.clock.stage("menus"):
             menus = menus_of(actions=planning.actions, multiple=self.multiple)
-            if self.timed and self.options.multiple is None and _coarse(menus):
-                finer = menus_of(actions=("channels",))
+        wanted = self.timed and self.options.multiple is None and _coarse(menus)
+        finer = cache(partial(menus_of, actions=("channels",))) if wanted else None
         return Source(model, curvature, menus, finer, latency=table)
 
     def source_like(self, curvature: Curvature, ignore: Iterable[str], model: nn.Module) -> Source:
@@ -238,8 +237,10 @@ def prepared(
 
 
 def _coarse(menus: Menus) -> bool:
-    """Whether multiples are few for some group of channels on the menu."""
-    return any(len(group.order) < _FEW * menus.multiple for group in menus.groups.values())
+    """Whether multiples leave some group on the menu a few numbers of channels alone."""
+    return any(
+        group.step > 1 and len(group.order) < _FEW * group.step for group in menus.groups.values()
+    )
 
 
 def on_request(curvature: Curvature) -> tuple[str, ...]:

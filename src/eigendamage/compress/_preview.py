@@ -141,4 +141,5 @@ def preview(
     source = ready.source(model, curvature, ignored)
     if budget.loss is None and budget.latency is None:
         return planned(source, options.budget, ready.settings)[1]
-    return smaller(model, source, options.budget, ready.settings, ready.timing).plan
+    found = smaller(model, source, options.budget, ready.settings, ready.timing)
+    return found.plan.model_copy(update={"notes": (*found.plan.notes, *found.notes)})

@@ -28,7 +28,7 @@ def smaller(
     if budget.loss is not None:
         found = _within_loss(original, source, budget.loss, settings)
     elif budget.latency is not None:
-        found = within_latency(original, source, budget, settings, timing)
+        found = within_latency(original, source, budget, budget.latency, settings, timing)
     else:
         return built(original, *planned(source, budget, settings), settings)
     return replace(found, plan=found.plan.model_copy(update={"budget": budget}))
@@ -63,7 +63,7 @@ def _within_loss(original: nn.Module, source: Source, loss: float, settings: Set
                 "bce"
             )
         nearest = min(nearest, found)
-        predicted = plan.calibrated or plan.price
+        predicted = plan.expected
         if predicted and found > 0:
             ratio = found / predicted
         if found <= loss:
@@ -92,8 +92,7 @@ def _asked(source: Source, price: float, low: float, high: float, settings: Sett
         except BudgetError:
             below = middle
             continue
-        predicted = plan.calibrated or plan.price or 0.0
-        if predicted > price:
+        if (plan.expected or 0.0) > price:
             below = middle
         else:
             above = middle

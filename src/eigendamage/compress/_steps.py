@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -116,8 +116,8 @@ class Source:
         model: the original, or what an earlier shot made of it.
         curvature: of it.
         menus: of it; None for other methods than ``auto``.
-        finer: menus of channels alone, in any number; None where ``menus`` has no multiples, or
-            they were asked for.
+        finer: makes menus of channels alone, in any number, for a budget of latency; None where
+            ``menus`` leave any number open, or few groups would have more to choose from.
         calibration: of the menus' prices.
         latency: of its layers, where the budget asks for it.
         outputs: for layers that lost outputs before, which of the original's are left.
@@ -127,7 +127,7 @@ class Source:
     model: nn.Module
     curvature: Curvature
     menus: Menus | None
-    finer: Menus | None = None
+    finer: Callable[[], Menus] | None = None
     calibration: Calibration = field(default_factory=Calibration)
     latency: LatencyTable | None = None
     outputs: Mapping[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])

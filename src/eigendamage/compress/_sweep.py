@@ -70,8 +70,8 @@ def sweep(
     Args:
         model: the trained network.
         data: some of its inputs, as for `compress`.
-        budgets: of any kind but a ratio. One of loss is found by building and measuring, whether
-            or not it is among those to measure.
+        budgets: of any kind but a ratio. One of loss or latency is found by building and
+            measuring, whether or not it is among those to measure.
         measure: for which of them to build the model, repair it and measure it.
         eval_data: held-out batches to measure on; by default the part of ``data`` that is held out
             from curvature and repair. Nothing is chosen by it.
@@ -83,7 +83,7 @@ def sweep(
         ignore: shell patterns over dotted paths of layers to leave alone.
         actions: what may be done to a layer.
         multiple: ranks and channels left are multiples of this; by default 1, and if there is a
-            budget of latency 8, beside which any number of channels is tried in narrow networks.
+            budget of latency 8, beside which any number of channels is tried in narrow groups.
         floors: by shell pattern the fraction of a layer's MACs that has to stay.
         refine: the most L-BFGS steps on an input basis; fewer than `compress` takes, as it is done
             for every budget.
@@ -226,11 +226,13 @@ def _row(
     """The row of a budget, and what is known of the model after it."""
     start = perf_counter()
     latency: float | None = None
+    notes: tuple[str, ...] = ()
     measured: Evaluation | None = None
     try:
-        if built or budget.loss is not None:
+        if built or budget.loss is not None or budget.latency is not None:
             found = smaller(model, source, budget, judge.ready.settings, judge.ready.timing)
-            source, plan, latency = found.source, found.plan, found.latency
+            source, plan = found.source, found.plan
+            latency, notes = found.latency, found.notes
             if built:
                 anew = None
                 if not judge.ready.settings.repair:
@@ -252,4 +254,5 @@ def _row(
         gap=plan.gap,
         measured=None if measured is None else Measured.of(measured),
         seconds=perf_counter() - start,
+        notes=notes,
     )

@@ -37,6 +37,7 @@ class GroupMenu:
         whole: of all members and carriers as they are.
         carriers: of the carriers as they are, with what the channels cost outside of any module.
         per_unit: how many outputs and inputs a member loses with each unit.
+        step: units are left in multiples of this.
     """
 
     name: str
@@ -48,6 +49,7 @@ class GroupMenu:
     whole: Cost
     carriers: Cost
     per_unit: Mapping[str, tuple[int, int]]
+    step: int
 
     def dropped(self, index: int) -> tuple[int, ...]:
         """The units that an option takes."""
@@ -119,8 +121,8 @@ def _menu(
         readers.append(kron_obs.Reader(view.W, view.S, view.A_inverse, columns))
     found = kron_obs.eliminate(readers)
     block = min(len(member.indices[0]) for member in group.producers)
-    units = multiple // gcd(multiple, block)  # so that the outputs left are a multiple
-    kept = rank_grid(group.size, group.size - 1, units, _COUNTS)
+    step = multiple // gcd(multiple, block)  # so that the outputs left are a multiple
+    kept = rank_grid(group.size, group.size - 1, step, _COUNTS)
     counts = np.array(sorted(group.size - k for k in kept), np.int64)
     prices = found.rises.cumsum(0).numpy()[counts - 1]
     members = _members(group)
@@ -153,6 +155,7 @@ def _menu(
             path: (_channels(group.producers, path), _channels(group.readers, path))
             for path in members
         },
+        step=step,
     )
 
 

@@ -302,6 +302,11 @@ class Plan(Document):
         known = [layer.calibrated for layer in changed if layer.calibrated is not None]
         return sum(known) if known and len(known) == len(changed) else None
 
+    @property
+    def expected(self) -> float | None:
+        """The best that is known of the rise of the loss: `calibrated`, else `price`."""
+        return self.price if self.calibrated is None else self.calibrated
+
     def left(self, unit: Unit) -> float:
         """The fraction of the whole model's size that is left."""
         sizes = {"macs": self.macs, "params": self.parameters, "bytes": self.bytes}[unit]

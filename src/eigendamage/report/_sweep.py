@@ -26,6 +26,7 @@ class SweepRow(Frozen):
         measured: the model that `compress` would hand back; None where it was not built.
         seconds: of planning, and of building and measuring where that was asked for.
         error: why the budget cannot be met; None if it can, and otherwise the rest is None.
+        notes: what a user should know of the model that was built.
     """
 
     budget: str
@@ -38,6 +39,7 @@ class SweepRow(Frozen):
     measured: Measured | None = None
     seconds: float
     error: str | None = None
+    notes: tuple[str, ...] = ()
 
 
 class Sweep(Document):

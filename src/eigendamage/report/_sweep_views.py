@@ -46,7 +46,7 @@ Rows = list[tuple[float, SweepRow]]
 
 
 def print_sweep(sweep: Sweep, console: Console | None = None) -> None:
-    """Print one table, a row a budget, and why budgets cannot be met."""
+    """Print one table, a row a budget, with notes, and why budgets cannot be met."""
     console = console or Console()
     original = sweep.original
     console.print(
@@ -64,6 +64,8 @@ def print_sweep(sweep: Sweep, console: Console | None = None) -> None:
     for row in sweep.rows:
         if row.error is not None:
             console.print(f"{row.budget}: {row.error}", highlight=False, markup=False)
+        for note in row.notes:
+            console.print(f"Note: {row.budget}: {note}", highlight=False, markup=False)
     for note in sweep.notes:
         console.print(f"Note: {note}", highlight=False, markup=False)
 
