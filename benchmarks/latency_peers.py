@@ -1,8 +1,8 @@
 """Accuracy against measured milliseconds: ours by MACs and by latency, beside Torch-Pruning.
 
 The candidates of one network are made first and then timed together, taking turns, in every way of
-running them: eager, channels_last, torch.compile and onnxruntime, at batches of 1 and 64. Nothing
-is trained; batch norm's statistics are measured again for all but the repaired ones. Accuracy is
+running them: eager, channels_last, torch.compile and onnxruntime, at batches of 1 and 64. Batch
+norm's statistics are measured again for all but the repaired ones. Accuracy is
 that on the test split. Torch-Pruning's shortcuts are timed as choices of channels, not as the
 convolutions that stand for them while it prunes. Both are asked for widths of any number and for
 multiples of 8. With ``--epochs`` those that ``--train`` names are then fine-tuned as in peers.py,
@@ -44,7 +44,7 @@ OTHERS = ("Torch-Pruning GroupTaylor, global", "Torch-Pruning GroupTaylor, inner
 COMMAND = "python benchmarks/latency_peers.py --network NETWORK --data DATA --weights WEIGHTS"
 ROUNDS = 31
 KEYS = ("network", "seed", "candidate")
-TRAINING_THREADS = 1
+TRAINING_THREADS = 1  # what one run of peers.py has, and small networks hardly use more
 SAMPLE = 5e-3
 """Seconds. Long enough that threads which the one before left spinning have gone to sleep."""
 
@@ -206,15 +206,23 @@ def train(
 ) -> None:
     """Add to rows what the networks are at after training."""
     torch.set_num_threads(TRAINING_THREADS)
+    training = {
+        "network": given.network,
+        "seed": 0,
+        "epochs": given.epochs,
+        "precision": given.precision,
+    }
     peers = {
-        _of_peers(row["method"], row["budget"]): row["tuned"]
+        (_of_peers(row["method"], row["budget"]), row["untrained"]): row["tuned"]
         for row in known_rows(Path(__file__).parent / "results" / "peers.json")
-        if (row["network"], row["seed"], row["epochs"]) == (given.network, 0, given.epochs)
+        if training.items() <= row.items()
     }
     everything = images(given, "train", None)
     test = images(given, "test", None).batches(200)
     for name, small in models.items():
-        tuned = peers.get(name)
+        rows = known_rows(given.out)
+        (row,) = (r for r in rows if (r["network"], r["candidate"]) == (given.network, name))
+        tuned = peers.get((name, row["accuracy"]))  # of the very same network
         if tuned is None and name != "original" and any(part in name for part in given.train):
             small.to(memory_format=torch.channels_last)
             fine_tune(small, original, everything, epochs=given.epochs, precision=given.precision)
@@ -222,8 +230,6 @@ def train(
         if tuned is None:
             continue
         print(f"{name}, trained: {tuned}", flush=True)
-        rows = known_rows(given.out)
-        (row,) = (r for r in rows if (r["network"], r["candidate"]) == (given.network, name))
         row.update(epochs=given.epochs, tuned=tuned)
         record(given.out, {**head, "rows": rows})
 

@@ -171,6 +171,22 @@ def _source(results: Results, epochs: int) -> str:
     )
 
 
+def learning_rates(results: Results) -> str:
+    """Accuracy on held-out training images after training at each rate."""
+    rows: Rows = results["rows"]
+    rates = sorted({row["rate"] for row in rows})
+    methods = sorted({row["method"] for row in rows}, key=lambda method: (method != OURS, method))
+    found = {(row["method"], row["rate"]): f"{100 * row['held_out']:.1f} %" for row in rows}
+    lines = [[method, *(found.get((method, rate), "–") for rate in rates)] for method in methods]
+    first = rows[0]
+    return (
+        f"{table(['method', *(f'peak rate {rate:g}' for rate in rates)], lines)}\n\n"
+        f"Held-out tenth of the training split, {first['network']} at {100 * first['budget']:g} % "
+        f"of the MACs, {first['epochs']} epochs, seed {first['seed']}. `{results['command']}`; "
+        f"torch {first['versions']['torch']}, eigendamage {first['versions']['eigendamage']}."
+    )
+
+
 def headline(results: Results) -> str:
     """Of each network trained from scratch what is left, and how accurate, in equal rounds."""
     parts: list[str] = []

@@ -41,6 +41,7 @@ TABLES: dict[str, tuple[str, Render]] = {
     "peers-short": ("peers.json", peers_tables.short),
     "peers-untrained": ("peers.json", partial(peers_tables.render, epochs=0)),
     "peers-trained": ("peers.json", partial(peers_tables.render, epochs=2)),
+    "learning-rates": ("learning_rates.json", peers_tables.learning_rates),
     "headline": ("wide_resnet32.json", peers_tables.headline),
     "latency-peers": ("latency_peers.json", latency_tables.render),
     "latency-budgets": ("latency_budgets.json", cost_tables.latency_budgets),
