@@ -159,12 +159,13 @@ def latency_budgets(results: Results) -> str:
     for row in results["rows"]:
         start = [row["network"], f"{row['batch']}", percent(row["budget"])]
         if "error" in row:
-            rows.append([*start, "refused", *["–"] * 5, f"{row['seconds']:.0f}"])
+            rows.append([*start, "refused", *["–"] * 6, f"{row['seconds']:.0f}"])
             continue
         before, after = row["milliseconds"]
         rows.append(
             [
                 *start,
+                percent(row["reported"]),
                 percent(row["measured"]),
                 f"{100 * row['spread']:.1f} %",
                 f"{before:.1f} → {after:.1f}",
@@ -174,7 +175,7 @@ def latency_budgets(results: Results) -> str:
                 f"{row['seconds']:.0f}",
             ]
         )
-    header = ("network", "batch", "budget", "measured", "spread", "ms", "MACs left")
+    header = ("network", "batch", "budget", "reported", "measured", "spread", "ms", "MACs left")
     first = results["rows"][0]
     source = (
         f"`{results['command']}`, seed {results['seed']}, {first['machine']['threads']} threads, "

@@ -57,9 +57,12 @@ def render(results: Results, epochs: int) -> str:
         ]
         header = ["method", *map(_column, budgets), "parameters left, %"]
         base = statistics.mean(row["base"] for row in rows)
-        seeds = ", ".join(str(seed) for seed in sorted({row["seed"] for row in rows}))
+        first, *more = sorted({row["seed"] for row in rows})
+        seeds = f"seed {first}"
+        if more:
+            seeds += f", with a range where {' or '.join(map(str, more))} were run too"
         parts += [
-            f"**{network}**, {100 * base:.2f} % before; seeds {seeds}",
+            f"**{network}**, {100 * base:.2f} % before; {seeds}",
             table(header, lines),
             _ahead(found, budgets),
         ]
@@ -90,7 +93,8 @@ def short(results: Results) -> str:
     seeds = sorted({row["seed"] for row in results["rows"]})
     said = (
         "Accuracy in percent on the whole test split (CIFAR-10; Fashion-MNIST for demo_network), "
-        f"seed {', '.join(map(str, seeds))}. The best of several is the best by this very table. "
+        f"seed {seeds[0]}, and means with a range where {', '.join(map(str, seeds[1:]))} were run "
+        f"too. The best of several is the best by this very table. "
         f"`{results['command']}`."
     )
     return "\n\n".join([*parts, said])
@@ -104,14 +108,11 @@ def _best_of_kinds(
         methods = {method for method, _ in found if belongs(method)}
         if not methods:
             continue
-        best = [
-            max(
-                (found[m, b] for m in methods if (m, b) in found), key=statistics.mean, default=None
-            )
-            for b in budgets
-        ]
-        several = f", best of {len(methods)}" if len(methods) > 1 else ""
-        lines.append([f"{kind}{several}", *map(_cell, best)])
+        there = [[found[m, b] for m in methods if (m, b) in found] for b in budgets]
+        best = [max(values, key=statistics.mean, default=None) for values in there]
+        counts = sorted({len(values) for values in there if values})
+        several = f", best of {' to '.join(map(str, counts[:: len(counts) - 1 or 1]))}"
+        lines.append([f"{kind}{several if counts != [1] else ''}", *map(_cell, best)])
     return lines
 
 

@@ -7,6 +7,7 @@ import os
 import platform
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,17 @@ def machine() -> dict[str, Any]:
     }
 
 
+OTHERS = ("torch-pruning", "tensorly", "onnxruntime")
+"""What results may depend on, where it was loaded."""
+
+
 def versions() -> dict[str, str]:
+    loaded = [name for name in OTHERS if name.replace("-", "_") in sys.modules]
     return {
         "torch": torch.__version__,
         "python": sys.version.split()[0],
         "eigendamage": ed.__version__,
+        **{name: version(name) for name in loaded},
     }
 
 

@@ -112,7 +112,7 @@ def test_every_exit_code_is_in_the_help_and_in_the_page() -> None:
         ),
         (["sweep", *_GIVEN, "--multiple", "0"], 2, "BadParameter", "--multiple"),
         (["sweep", *_GIVEN, "--unit", "ratio"], 2, "BadParameter", "--unit"),
-        (["sweep", *_GIVEN, "--unit", "loss"], 2, "BadParameter", "needs its --budgets"),
+        (["sweep", *_GIVEN, "--unit", "loss"], 2, "BadParameter", "--budgets: a sweep of losses"),
         (
             ["sweep", *_GIVEN, "--unit", "latency", "--budgets", "1.5"],
             *(2, "BadParameter", "--budgets: latency is 1.5"),

@@ -33,8 +33,8 @@ def sweep_command(
     ),
     budgets: str | None = typer.Option(
         None,
-        help=f"What to leave of the model, in fractions by commas; {_BUDGETS} by default. Of loss "
-        "the divergences to stay below.",
+        help=f"What to leave of the model, in fractions by commas; {_BUDGETS} by default. With "
+        "--unit loss the divergences to stay below, which have no default.",
     ),
     unit: SweepUnit = typer.Option(
         "macs",
@@ -73,7 +73,9 @@ def sweep_command(
     """
     refuse_unwritable(out)
     if budgets is None and unit == "loss":
-        raise typer.BadParameter("a sweep of losses needs its --budgets", param_hint="--unit")
+        raise typer.BadParameter(
+            "a sweep of losses needs them: divergences in nats, by commas", param_hint="--budgets"
+        )
     goals = budgets_of(_BUDGETS if budgets is None else budgets, unit, "--budgets")
     floor_of, allowed = floors(floor), kinds(actions)
     to_measure = _to_measure(measure, unit)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -15,7 +15,7 @@ from eigendamage.compress._steps import Built, Settings, Source, built, divergen
 from eigendamage.distributed import decided
 from eigendamage.errors import BudgetError, EigenDamageError, NothingToCompressError
 from eigendamage.measure import latency
-from eigendamage.plan import Budget, Menus, Plan
+from eigendamage.plan import ActionKind, Budget, Menus, Plan
 from eigendamage.surgery import apply_plan
 
 _TRIALS = 6
@@ -23,6 +23,7 @@ _BELOW = 0.93  # of the budget: a model that is faster than that gives away accu
 _CLOSE = 0.003  # of what is asked for, between a model that is fast enough and one that is not
 _ROUNDS = 25
 _BUILT = 2  # models that are repaired and compared
+_FAR_BELOW = 0.9  # of the budget
 _PLANNABLE = 0.005  # above the least that can be planned: not by rank 1 everywhere
 
 
@@ -117,18 +118,26 @@ def within_latency(
             within.append(tried.best)
     if math.isinf(fastest) and refused is not None:
         raise refused
+    actions = settings.planning.actions
     if not within:
+        channels = "" if "channels" in actions else ", allow channels too, which add no calls"
         raise BudgetError(
             f"a budget of {budget} cannot be met: the fastest model that was built takes "
             f"{fastest:.3f} of the original's latency at batch {timing.batch}. Fewer MACs "
-            f"are not always less time, in narrow layers least of all; give a larger budget, or "
-            f"one of MACs",
+            f"are not always less time, in narrow layers least of all; give a larger budget"
+            f"{channels}, or a budget of MACs",
             {"latency": fastest},
         )
     chosen = _least_harmed(original, source, sorted(within, key=_price)[:_BUILT], settings)
     # The best of several noisy trials looks faster than it is: it is timed once more.
     fraction = _fraction(source, chosen.cut, settings, timing, 2 * _ROUNDS)
-    return replace(chosen, latency=fraction, notes=(*chosen.notes, *_above(fraction, goal)))
+    return replace(
+        chosen,
+        # The gap is that of what was asked for on the way, not of the latency.
+        plan=chosen.plan.model_copy(update={"gap": None}),
+        latency=fraction,
+        notes=(*chosen.notes, *_notes(chosen.plan, actions, fraction, goal)),
+    )
 
 
 def _ways(source: Source, settings: Settings) -> Iterator[_Way]:
@@ -268,11 +277,23 @@ def _nearest(error: EigenDamageError, budget: Budget, unit: str) -> float | None
     return least[unit] + _PLANNABLE
 
 
-def _above(fraction: float, goal: float) -> tuple[str, ...]:
-    """A note where a model that was within a latency is not when it is timed once more."""
-    if fraction <= goal:
-        return ()
-    return (
-        f"timed once more, the model takes {fraction:.3f} of the latency, above the budget of "
-        f"{goal:g}: times vary that much on this machine; ask for less to be on the safe side",
-    )
+def _notes(
+    plan: Plan, actions: Sequence[ActionKind], fraction: float, goal: float
+) -> Iterator[str]:
+    """What a user would not expect of a model within a latency."""
+    changes = {layer.action.kind for layer in plan.layers.values() if layer.changes}
+    if changes == {"channels"} and len(actions) > 1:
+        yield (
+            "of the models that were timed one with fewer channels alone does the least harm; "
+            "other changes of layers add calls, which take time"
+        )
+    if fraction > goal:
+        yield (
+            f"timed once more, the model takes {fraction:.3f} of the latency, above the budget of "
+            f"{goal:g}: times vary that much on this machine; ask for less to be on the safe side"
+        )
+    if fraction < _FAR_BELOW * goal:
+        yield (
+            f"the model takes {fraction:.3f} of the latency, far below the budget of {goal:g}: "
+            f"what was timed between the two was too slow or cost more"
+        )

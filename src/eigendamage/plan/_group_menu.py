@@ -80,8 +80,8 @@ def group_menus(
             left_alone[f"channels of {name}"] = "a factored layer reads them, which is not repaired"
         elif shared := taken.keys() & set(members):
             left_alone[f"channels of {name}"] = (
-                f"'{min(shared)}' belongs to the channels of '{taken[min(shared)]}' too, which are "
-                f"on the menu; both are weighed only all together"
+                f"'{min(shared)}' makes or reads both these and the channels of "
+                f"{taken[min(shared)]}, which are on the menu; both are weighed only all together"
             )
         else:
             taken.update(dict.fromkeys(members, name))

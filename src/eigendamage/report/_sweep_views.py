@@ -73,8 +73,8 @@ def print_sweep(sweep: Sweep, console: Console | None = None) -> None:
 def plot_sweep(sweep: Sweep, path: str | Path) -> None:
     """Draw accuracy (where it was measured) and divergence against the MACs left.
 
-    Where all rows have a latency, that takes the place of the MACs. Predictions are lines,
-    measurements points; the divergence has a logarithmic axis.
+    Where all rows have a latency, that takes the place of the MACs; where some have, it is not
+    drawn. Predictions are lines, measurements points; the divergence has a logarithmic axis.
 
     Args:
         sweep: what to draw.
