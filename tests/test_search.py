@@ -387,6 +387,15 @@ def test_of_plans_that_are_fast_enough_the_two_cheapest_are_built_and_the_less_h
     assert result.plan.layers == dearer.plan.layers
 
 
+def test_plans_of_the_same_actions_are_alike_whatever_their_price(curvature: ed.Curvature) -> None:
+    budgets = (ed.Budget(macs=0.5), ed.Budget(macs=0.3))
+    one, other = (ed.make_plan(_model(), curvature, b, refine=0, progress=False) for b in budgets)
+    priced = {k: v.model_copy(update={"calibrated": 1.0}) for k, v in one.layers.items()}
+    assert priced != one.layers
+    assert _latency_search._alike(one, one.model_copy(update={"layers": priced}))
+    assert not _latency_search._alike(one, other)
+
+
 def test_a_limit_beside_the_latency_is_not_planned_for_again_and_again(
     monkeypatch: pytest.MonkeyPatch, curvature: ed.Curvature
 ) -> None:

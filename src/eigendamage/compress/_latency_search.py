@@ -114,7 +114,7 @@ def within_latency(
         tried = _trials(way, source, budget, goal, timing, _dearest(within))
         source = replace(tried.source, menus=menus)
         fastest, refused = min(fastest, tried.fastest), refused or tried.refused
-        if tried.best is not None and all(tried.best.layers != plan.layers for plan in within):
+        if tried.best is not None and not any(_alike(tried.best, plan) for plan in within):
             within.append(tried.best)
     if math.isinf(fastest) and refused is not None:
         raise refused
@@ -177,6 +177,12 @@ def _least_harmed(
     return best
 
 
+def _alike(plan: Plan, other: Plan) -> bool:
+    """Whether they make the same model, whatever was known of its price."""
+    its = other.layers
+    return all(layer.action == its[name].action for name, layer in plan.layers.items())
+
+
 def _price(plan: Plan) -> float:
     return plan.expected or 0.0
 
@@ -220,7 +226,7 @@ def _trials(
                 asked = (asked + highest) / 2
             continue
         found = replace(found, source=source)
-        same = before is not None and plan.layers == before.layers
+        same = before is not None and _alike(plan, before)
         if not same:
             before, fraction = plan, _slower(source, plan, settings, timing, goal)
             found = replace(found, fastest=min(found.fastest, fraction))
