@@ -396,6 +396,26 @@ def test_plans_of_the_same_actions_are_alike_whatever_their_price(curvature: ed.
     assert not _latency_search._alike(one, other)
 
 
+def test_every_model_that_is_timed_has_a_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], curvature: ed.Curvature
+) -> None:
+    _device(monkeypatch, curvature, overhead=0.0, told=0.0)
+    tried, slower = [], _latency_search._slower
+
+    def counted(*args: object) -> float:
+        tried.append(slower(*args))
+        return tried[-1]
+
+    monkeypatch.setattr(_latency_search, "_slower", counted)
+    _compress(ed.Budget(latency=0.7), curvature=curvature, actions=MEASURED, progress=True)
+    lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("timed a model of")]
+    assert len(lines) == len(tried) > 1
+    for line, fraction in zip(lines, tried, strict=True):
+        assert f"{fraction:.3f} of the latency, which may be 0.7" in line
+    _compress(ed.Budget(latency=0.7), curvature=curvature, actions=MEASURED, progress=False)
+    assert capsys.readouterr().err == ""
+
+
 def test_a_limit_beside_the_latency_is_not_planned_for_again_and_again(
     monkeypatch: pytest.MonkeyPatch, curvature: ed.Curvature
 ) -> None:

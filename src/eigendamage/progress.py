@@ -51,3 +51,9 @@ def track(items: Iterable[T], what: str, *, total: int | None, enabled: bool) ->
         seconds = time.monotonic() - start
         if seconds > _PATIENCE_S:
             print(f"{what}: {seconds:.1f} s", file=sys.stderr)
+
+
+def say(line: str, *, enabled: bool) -> None:
+    """One line on standard error, where progress is shown."""
+    if enabled and rank() == 0:
+        print(line, file=sys.stderr)

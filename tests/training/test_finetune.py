@@ -160,6 +160,19 @@ def test_the_best_epoch_is_kept_by_what_was_held_out_alone() -> None:
     assert mean == pytest.approx(done.scores[done.best], rel=1e-5)
 
 
+def test_training_that_makes_it_worse_says_so() -> None:
+    model = network()
+    ed.finetune(model, loader(), ed.FinetuneConfig(epochs=20), progress=False)
+    ruinous = ed.FinetuneConfig(epochs=1, learning_rate=3.0, schedule="constant")
+    with pytest.warns(UserWarning, match="worse on held-out data") as caught:
+        done = ed.finetune(model, loader(), ruinous, progress=False)
+    assert done.scores[1] > 1.1 * done.scores[0]
+    (warning,) = caught
+    assert warning.filename == __file__
+    said = f"{done.scores[0]:.3g} before, {done.scores[1]:.3g} after epoch 1, the best of 1"
+    assert said in str(warning.message)
+
+
 def test_what_is_held_out_is_not_trained_on() -> None:
     x = torch.arange(40.0)[:, None]
     plain = DataLoader(TensorDataset(x), batch_size=4, shuffle=True, drop_last=True)

@@ -24,7 +24,9 @@ _BUDGETS = "0.9,0.8,0.7,0.6,0.5,0.4,0.3,0.2"
 def sweep_command(
     model: str = typer.Option(..., help=MODEL_HELP, autocompletion=model_names),
     data: str = typer.Option(
-        ..., help="Folder, .zip, .npz or module:callable, as for compress; labels optional."
+        ...,
+        help="Folder, .zip, .npz, module:callable or zoo:fashion-mnist, as for compress; labels "
+        "optional.",
     ),
     out: Path = typer.Option(..., help="Folder for the results; made if it is not there."),
     weights: Path | None = typer.Option(None, help="Trained weights, .safetensors or .pt."),

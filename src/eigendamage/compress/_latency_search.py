@@ -16,6 +16,7 @@ from eigendamage.distributed import decided
 from eigendamage.errors import BudgetError, EigenDamageError, NothingToCompressError
 from eigendamage.measure import latency
 from eigendamage.plan import ActionKind, Budget, Menus, Plan
+from eigendamage.progress import say
 from eigendamage.surgery import apply_plan
 
 _TRIALS = 6
@@ -255,9 +256,14 @@ def _slower(source: Source, plan: Plan, settings: Settings, timing: Timing, goal
     with settings.clock.stage("surgery"):
         cut = apply_plan(source.model, plan, source.curvature)
     fraction = _fraction(source, cut, settings, timing, _ROUNDS)
-    if fraction > goal:
-        return fraction
-    return max(fraction, _fraction(source, cut, settings, timing, _ROUNDS))
+    if fraction <= goal:
+        fraction = max(fraction, _fraction(source, cut, settings, timing, _ROUNDS))
+    say(
+        f"timed a model of {plan.left('macs'):.0%} of the MACs: {fraction:.3f} of the latency, "
+        f"which may be {goal:g}",
+        enabled=settings.progress,
+    )
+    return fraction
 
 
 def _fraction(

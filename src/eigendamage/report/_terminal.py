@@ -91,7 +91,7 @@ def _measured(report: Report) -> Table:
             *([number(m.perplexity)] * by_token),
         )
     table.add_section()
-    table.add_row("predicted", "", "", number(report.predicted), number(report.predicted))
+    table.add_row("sum of prices", "", "", number(report.predicted), number(report.predicted))
     return table
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -34,6 +35,8 @@ from eigendamage.training._loop import Training, train
 from eigendamage.training._objective import Objective
 
 Item = TypeVar("Item")
+
+_WORSE = 1.1  # times the score before: images that the original has seen favour what is near to it
 
 
 @one_fate
@@ -79,6 +82,9 @@ def finetune(
     Returns:
         The losses and scores by epoch.
 
+    Warns:
+        UserWarning: if what was held out is clearly worse off after the best epoch than before.
+
     Raises:
         DataError: if the data is empty, of unknown length, or cannot be divided; if it has no
             labels and there is no original; if no position of it, or of what is held out, counts.
@@ -122,7 +128,7 @@ def finetune(
                 checkpoint, identity, every=config.checkpoint_every, writing=rank() == 0
             )
         model.train()
-        return train(
+        done = train(
             model,
             feed,
             objective,
@@ -138,6 +144,14 @@ def finetune(
             least=1 if judged is None or objective.by_labels(next(iter(judged))) else 0,
             processes=world(),
         )
+    if rank() == 0 and done.scores and done.scores[done.best] > _WORSE * done.scores[0]:
+        warnings.warn(
+            f"fine-tuning made the model worse on held-out data: {done.scores[0]:.3g} before, "
+            f"{done.scores[done.best]:.3g} after epoch {done.best}, the best of {config.epochs}; "
+            f"lower the learning rate (it is {config.peak}), or train for more epochs",
+            stacklevel=4,  # past the decorators
+        )
+    return done
 
 
 def _identity(
