@@ -28,6 +28,7 @@ from eigendamage.measure import (
     Latency,
     _latency,
     _latency_cache,
+    _sites,
     _timing,
     latency,
     measure_latency_table,
@@ -371,7 +372,7 @@ def test_what_is_timed_is_what_a_plan_would_build(name: str) -> None:
     layers = find_layers(model).compressible
     batch = _timing.examples_of(x, 2, CPU)
     shapes = traced(model, layers, batch).layers
-    for layer_name, (site,) in _latency._sites(model, layers, batch).items():
+    for layer_name, (site,) in _sites.sites_of(model, layers, batch).items():
         layer, shape = layers[layer_name], shapes[layer_name].shape
         expected = layer.module(site.inputs(layer.inputs, "contiguous"))
         for form, (ranks_out, ranks_in) in grids_to_measure(
@@ -434,23 +435,23 @@ def test_memory_format_is_that_within_the_model(tmp_path: Path) -> None:
     model.to(memory_format=torch.channels_last)
     assert _measure(model, x, tmp_path).conditions.memory_format == "channels_last"
     layers = find_layers(model).compressible
-    sites = _latency._sites(model, layers, _timing.examples_of(x, 2, CPU))
+    sites = _sites.sites_of(model, layers, _timing.examples_of(x, 2, CPU))
     last = sites["conv2"][0].inputs(8, "channels_last")
     variant = _latency._variant(layers["conv2"], "three", 4, 4, "channels_last")
-    assert _latency._is_channels_last(last)
-    assert _latency._is_channels_last(variant(last))
-    assert _latency._is_channels_last(
+    assert _sites._is_channels_last(last)
+    assert _sites._is_channels_last(variant(last))
+    assert _sites._is_channels_last(
         next(_latency._dense(layers["conv2"], 4, 4, "channels_last").parameters())
     )
     images = torch.randn(3, 3, 4, 5).to(memory_format=torch.channels_last)
     for count in (2, 5):
-        assert _latency._is_channels_last(_timing.examples_of(images, count, CPU).args[0])
+        assert _sites._is_channels_last(_timing.examples_of(images, count, CPU).args[0])
 
 
 def test_autocast_is_another_dtype() -> None:
-    assert _latency._conditions(CPU, [], 1).dtype == "float32"
+    assert _sites.conditions_of(CPU, [], 1).dtype == "float32"
     with torch.autocast("cpu", torch.bfloat16):
-        assert _latency._conditions(CPU, [], 1).dtype == "bfloat16"
+        assert _sites.conditions_of(CPU, [], 1).dtype == "bfloat16"
 
 
 def test_layers_that_do_not_run_or_differ_in_dtype_are_refused(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from eigendamage.curvature._capture import Capture, preserved_random_state, undi
 from eigendamage.curvature._curvature import Curvature
 from eigendamage.curvature._head import Fisher
 from eigendamage.curvature._losses import Loss, head_of
-from eigendamage.curvature._sinks import TraceSink
+from eigendamage.curvature._pair_sinks import TraceSink
 from eigendamage.errors import MismatchError
 from eigendamage.layers import find_layers, trace
 from eigendamage.seeds import check_seed

@@ -17,8 +17,9 @@ from eigendamage.curvature._capture import Capture, Sink, undisturbed
 from eigendamage.curvature._factors import Eigenbasis
 from eigendamage.curvature._head import Fisher, Head, PredictiveHead, Seed
 from eigendamage.curvature._layer import LayerCurvature, factor_bases
+from eigendamage.curvature._pair_sinks import EigenvalueSink, GradientSink
 from eigendamage.curvature._patches import advance
-from eigendamage.curvature._sinks import EigenvalueSink, FactorSink, GradientSink, PatchWish
+from eigendamage.curvature._sinks import FactorSink, PatchWish
 from eigendamage.distributed import dealt, from_rank, gathered, rank, shared_out
 from eigendamage.errors import DataError, LayerError, MismatchError, NonFiniteError
 from eigendamage.layers import Layer, Trace

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import keyword
 import re
-import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -20,6 +19,7 @@ from eigendamage._version import __version__
 from eigendamage.batch import Batch, tensors_in
 from eigendamage.errors import ExportError
 from eigendamage.export._compare import Run
+from eigendamage.export._names import Names, identifier
 from eigendamage.export._parts import Part, part_of
 from eigendamage.export._statements import expression
 from eigendamage.export._values import named_outputs, plain_output
@@ -60,9 +60,6 @@ def load(weights=Path(__file__).with_name("model.safetensors")):
     model.load_state_dict(load_file(weights))
     return model
 '''
-
-# Names that the lines of forward use for something else than an input.
-_TAKEN = frozenset({"self", "torch", "nn", "F", "math", "operator", "device", "float"})
 
 
 def write_source(program: ExportedProgram, folder: Path) -> None:
@@ -139,7 +136,7 @@ class _Source:
     def text(self) -> str:
         """The whole file."""
         inputs = [n for n in self._nodes if self._is_input(n)]
-        names = _Names(self._nodes, {**self._owned, **self._loose}, inputs)
+        names = Names(self._nodes, {**self._owned, **self._loose}, inputs)
         statements = list(self._statements(names))
         returned = self._returned(names)
         if any(re.search(r"\bdevice\b", line) for line in statements):
@@ -170,7 +167,7 @@ class _Source:
             else:
                 yield f'self.register_buffer("{name}", {empty})'
 
-    def _statements(self, names: _Names) -> Iterator[str]:
+    def _statements(self, names: Names) -> Iterator[str]:
         for index, node in enumerate(self._nodes):
             if node.op == "get_attr":
                 raise ExportError(
@@ -191,7 +188,7 @@ class _Source:
         assert part is not None  # it was one when it was added
         return part.reads
 
-    def _returned(self, names: _Names) -> str:
+    def _returned(self, names: Names) -> str:
         flat = [
             names.of(value)
             for value, spec in zip(
@@ -220,7 +217,7 @@ class _Source:
 
     def _attribute(self, path: str) -> str:
         """A name for an attribute, alike to a dotted path, that no other has."""
-        name = _identifier(path)
+        name = identifier(path)
         while keyword.iskeyword(name) or hasattr(nn.Module(), name) or name in self._names:
             name += "_"
         self._names.add(name)
@@ -245,55 +242,6 @@ class _Source:
         name = self._specs[node.name].target or ""
         state: dict[str, Any] = self._program.state_dict
         return cast(Tensor, state[name] if name in state else self._program.constants[name])
-
-
-class _Names:
-    """What values are called: a name is free again once nothing further reads its value."""
-
-    def __init__(
-        self, nodes: list[fx.Node], attributes: dict[fx.Node, str], inputs: list[fx.Node]
-    ) -> None:
-        place = {node: index for index, node in enumerate(nodes)}
-        self._last = {n: max((place[u] for u in n.users), default=-1) for n in nodes}
-        self._names = {node: f"self.{name}" for node, name in attributes.items()}
-        self._held: dict[str, fx.Node] = {}
-        for node in inputs:
-            name = node.name
-            while keyword.iskeyword(name) or name in _TAKEN or name in self._held:
-                name += "_"
-            self._names[node] = name
-            self._held[name] = node
-        self.parameters = list(self._held)
-
-    def of(self, node: fx.Node) -> str:
-        """The name of a value."""
-        return self._names[node]
-
-    def assign(self, node: fx.Node, index: int) -> str:
-        """A name for the value that line ``index`` computes: one that is free after it."""
-        is_size = not isinstance(node.meta.get("val"), Tensor | tuple | list)
-        for name in _candidates("n" if is_size else "xyzuvw"):
-            holder = self._held.get(name)
-            if holder is None or self._last[holder] <= index:
-                self._names[node] = name
-                self._held[name] = node
-                return name
-        raise AssertionError("there is no end of candidates")
-
-
-def _identifier(path: str) -> str:
-    """A name alike to a path that Python reads as it is: not in another form, not as private."""
-    plain = unicodedata.normalize("NFKC", path)
-    name = "".join(c if f"_{c}".isidentifier() else "_" for c in plain)
-    return name if name.isidentifier() and not name.startswith("__") else f"layer_{name}"
-
-
-def _candidates(letters: str) -> Iterator[str]:
-    yield from letters
-    number = 1
-    while True:
-        yield f"{letters[0]}{number}"
-        number += 1
 
 
 def _nested(item: Any) -> str:

@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-import platform
-import re
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from eigendamage.batch import Batch
 from eigendamage.batches import Data
 from eigendamage.calls import call, device_of
-from eigendamage.errors import LayerError
-from eigendamage.layers import Layer, find_layers
+from eigendamage.layers import Layer
 from eigendamage.measure._latency_cache import cache_file, store, stored
+from eigendamage.measure._sites import FORMATS, MemoryFormat, Site, conditions_of, sites_of
 from eigendamage.measure._timing import (
     Call,
     as_deployed,
     at_least_one,
-    checked_call,
     examples_of,
     samples_of,
 )
@@ -41,10 +36,6 @@ from eigendamage.plan._latency import (
 )
 from eigendamage.progress import track
 from eigendamage.surgery._factor import factored_module
-
-MemoryFormat = Literal["contiguous", "channels_last"]
-
-_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 _GROUP_SECONDS = 1.5  # a group of layers that takes longer gets fewer rounds
 _TABLE_SECONDS = 4.0  # the same for the whole model and its layers
@@ -94,9 +85,9 @@ def measure_latency_table(
     device = device_of(model)
     examples = examples_of(data, batch, device)
     with as_deployed([model]):
-        sites = _sites(model, layers, examples)
+        sites = sites_of(model, layers, examples)
         every = [site for found in sites.values() for site in found]
-        conditions = _conditions(device, every, batch)
+        conditions = conditions_of(device, every, batch)
         distinct = {site.key: site for site in every}
         file = cache_file(cache, conditions)
         entries: dict[str, FormTimes] = {}
@@ -112,74 +103,6 @@ def measure_latency_table(
                 store(file, conditions, key, times)
             entries[key] = times
         return _table(model, examples, sites, entries, conditions, rounds)
-
-
-@dataclass(frozen=True, eq=False)
-class _Site:
-    """One call of a layer in a forward pass.
-
-    Attributes:
-        layer: the layer.
-        shape: of its input.
-        channels_last: whether its input or its weight is.
-    """
-
-    layer: Layer
-    shape: tuple[int, ...]
-    channels_last: bool
-
-    @property
-    def key(self) -> str:
-        """All that its time depends on beside the conditions."""
-        one = self.layer
-        return (
-            f"outputs={one.outputs} inputs={one.inputs} bias={one.bias() is not None} "
-            f"input={self.shape} {one.geometry or 'Linear'}"
-        )
-
-    def inputs(self, channels: int, memory_format: MemoryFormat) -> Tensor:
-        """Random inputs with that many channels or features."""
-        shape = list(self.shape)
-        shape[-1 if self.layer.geometry is None else -3] = channels
-        weight = next(self.layer.module.parameters())
-        x = torch.randn(shape).to(weight)
-        return x.to(memory_format=_FORMATS[memory_format]) if x.ndim == 4 else x
-
-
-def _sites(
-    model: nn.Module, wanted: Mapping[str, Layer] | None, examples: Batch
-) -> dict[str, list[_Site]]:
-    """The calls of each layer in one forward pass; None stands for all layers that run."""
-    layers = find_layers(model).compressible if wanted is None else wanted
-    found: dict[str, list[_Site]] = {name: [] for name in layers}
-
-    def watch(name: str, layer: Layer) -> Any:
-        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x: Tensor = args[0] if args else kwargs["input"]
-            last = any(map(_is_channels_last, (x, *layer.module.parameters())))
-            found[name].append(_Site(layer, tuple(x.shape), last))
-
-        return hook
-
-    handles = [
-        layer.module.register_forward_pre_hook(watch(name, layer), with_kwargs=True)
-        for name, layer in layers.items()
-    ]
-    try:
-        checked_call(model, examples)
-    finally:
-        for handle in handles:
-            handle.remove()
-    silent = [name for name, sites in found.items() if not sites]
-    if wanted is not None and silent:
-        raise LayerError(silent[0], "it does not run on the data given; leave it out of `layers`")
-    return {name: sites for name, sites in found.items() if sites}
-
-
-def _is_channels_last(x: Tensor) -> bool:
-    return (
-        x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    )
 
 
 def _variant(
@@ -217,7 +140,7 @@ def _dense(layer: Layer, outputs: int, inputs: int, memory_format: MemoryFormat)
         )
     weight = next(layer.module.parameters())
     new.to(weight.device, weight.dtype)
-    new.to(memory_format=_FORMATS[memory_format])  # pyright: ignore[reportCallIssue]
+    new.to(memory_format=FORMATS[memory_format])  # pyright: ignore[reportCallIssue]
     return new.eval()
 
 
@@ -225,7 +148,7 @@ def _covers(times: FormTimes, grids: Grids) -> bool:
     return all(form in times and times[form].covers(*grid) for form, grid in grids.items())
 
 
-def _measured(site: _Site, grids: Grids, rounds: int, memory_format: MemoryFormat) -> FormTimes:
+def _measured(site: Site, grids: Grids, rounds: int, memory_format: MemoryFormat) -> FormTimes:
     """Every form of a layer at every point of its grid, all taking turns."""
     points: list[tuple[TimedForm, int, int]] = [
         (form, out, into) for form, (o, i) in grids.items() for out in o for into in i
@@ -251,47 +174,10 @@ def _measured(site: _Site, grids: Grids, rounds: int, memory_format: MemoryForma
     }
 
 
-def _conditions(device: torch.device, sites: Sequence[_Site], batch: int) -> Conditions:
-    """Where and how the layers run.
-
-    Raises:
-        LayerError: if they are not all of one dtype.
-    """
-    dtypes = {site.layer.name: next(site.layer.module.parameters()).dtype for site in sites}
-    first = next(iter(dtypes.values()), torch.get_default_dtype())
-    for name, dtype in dtypes.items():
-        if dtype != first:
-            raise LayerError(
-                name, f"it is of {dtype}, the first layer of {first}; measure one dtype at a time"
-            )
-    autocast = torch.is_autocast_enabled(device.type)
-    return Conditions(
-        device=_device_name(device),
-        torch=torch.__version__,
-        threads=torch.get_num_threads(),
-        dtype=str(torch.get_autocast_dtype(device.type) if autocast else first).split(".")[-1],
-        memory_format="channels_last" if any(s.channels_last for s in sites) else "contiguous",
-        batch=batch,
-    )
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    name = f"{device.type} {platform.processor() or platform.machine()}"
-    if device.type != "cpu":
-        return name
-    with suppress(OSError):  # Linux alone has it
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-        if model := re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE):
-            name = model[1].strip()
-    return f"{name} {torch.backends.cpu.get_cpu_capability()}"
-
-
 def _table(
     model: nn.Module,
     examples: Batch,
-    sites: Mapping[str, Sequence[_Site]],
+    sites: Mapping[str, Sequence[Site]],
     entries: Mapping[str, FormTimes],
     conditions: Conditions,
     rounds: int,
