@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 import eigendamage as ed
 from eigendamage.compress import _latency_search, _prepare, _search
+from eigendamage.compress._steps import Clock, Source
 from eigendamage.layers import (
     FORMS,
     FactoredConv2d,
@@ -396,17 +398,42 @@ def test_plans_of_the_same_actions_are_alike_whatever_their_price(curvature: ed.
     assert not _latency_search._alike(one, other)
 
 
+@pytest.mark.parametrize(
+    ("timings", "fraction"),
+    [
+        ([0.8], 0.8),  # far above
+        ([0.69, 0.68], 0.69),
+        ([0.72, 0.71], 0.72),
+        ([0.72, 0.69, 0.68], 0.69),
+        ([0.69, 0.72, 0.71], 0.71),
+    ],
+)
+def test_two_timings_of_at_most_three_have_to_agree(
+    monkeypatch: pytest.MonkeyPatch,
+    curvature: ed.Curvature,
+    timings: list[float],
+    fraction: float,
+) -> None:
+    left = iter(timings)
+    monkeypatch.setattr(_latency_search, "_fraction", lambda *_: next(left))
+    plan = ed.make_plan(_model(), curvature, ed.Budget(macs=0.5), refine=0, progress=False)
+    settings = SimpleNamespace(clock=Clock(), progress=False)
+    source = Source(_model(), curvature, None)
+    assert _latency_search._judged(source, plan, settings, None, 0.7) == fraction
+    assert not list(left)
+
+
 def test_every_model_that_is_timed_has_a_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], curvature: ed.Curvature
 ) -> None:
     _device(monkeypatch, curvature, overhead=0.0, told=0.0)
-    tried, slower = [], _latency_search._slower
+    tried, judged = [], _latency_search._judged
 
     def counted(*args: object) -> float:
-        tried.append(slower(*args))
+        tried.append(judged(*args))
         return tried[-1]
 
-    monkeypatch.setattr(_latency_search, "_slower", counted)
+    monkeypatch.setattr(_latency_search, "_judged", counted)
     _compress(ed.Budget(latency=0.7), curvature=curvature, actions=MEASURED, progress=True)
     lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("timed a model of")]
     assert len(lines) == len(tried) > 1

@@ -23,6 +23,7 @@ _TRIALS = 6
 _BELOW = 0.93  # of the budget: a model that is faster than that gives away accuracy
 _CLOSE = 0.003  # of what is asked for, between a model that is fast enough and one that is not
 _ROUNDS = 25
+_NEAR = 1.05  # times the budget: one timing may be that far off
 _BUILT = 2  # models that are repaired and compared
 _FAR_BELOW = 0.9  # of the budget
 _PLANNABLE = 0.005  # above the least that can be planned: not by rank 1 everywhere
@@ -229,7 +230,7 @@ def _trials(
         found = replace(found, source=source)
         same = before is not None and _alike(plan, before)
         if not same:
-            before, fraction = plan, _slower(source, plan, settings, timing, goal)
+            before, fraction = plan, _judged(source, plan, settings, timing, goal)
             found = replace(found, fastest=min(found.fastest, fraction))
         if fraction <= goal:
             if fraction > slowest:
@@ -251,13 +252,20 @@ def _trials(
     return found
 
 
-def _slower(source: Source, plan: Plan, settings: Settings, timing: Timing, goal: float) -> float:
-    """The fraction of the time that what a plan makes takes; of two, if the first is within it."""
+def _judged(source: Source, plan: Plan, settings: Settings, timing: Timing, goal: float) -> float:
+    """The fraction of the time that what a plan makes takes: two timings agree that it is within.
+
+    Where one is within it and one is not, the middle of three counts. What is far above it is not
+    timed again.
+    """
     with settings.clock.stage("surgery"):
         cut = apply_plan(source.model, plan, source.curvature)
-    fraction = _fraction(source, cut, settings, timing, _ROUNDS)
-    if fraction <= goal:
-        fraction = max(fraction, _fraction(source, cut, settings, timing, _ROUNDS))
+    found = [_fraction(source, cut, settings, timing, _ROUNDS)]
+    if found[0] <= _NEAR * goal:
+        found.append(_fraction(source, cut, settings, timing, _ROUNDS))
+    if min(found) <= goal < max(found):
+        found.append(_fraction(source, cut, settings, timing, _ROUNDS))
+    fraction = sorted(found)[len(found) // 2]
     say(
         f"timed a model of {plan.left('macs'):.0%} of the MACs: {fraction:.3f} of the latency, "
         f"which may be {goal:g}",
