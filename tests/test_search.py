@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import eigendamage as ed
-from eigendamage.compress import _latency_search, _prepare, _search
+from eigendamage.compress import _latency_search, _prepare, _search, _timed
 from eigendamage.compress._steps import Clock, Source
 from eigendamage.layers import (
     FORMS,
@@ -196,7 +196,7 @@ def _device(
         return [Latency(PER_MAC * m + overhead, 0.0) for m in macs]
 
     monkeypatch.setattr(_prepare, "measure_latency_table", table)
-    monkeypatch.setattr(_latency_search, "latency", latency)
+    monkeypatch.setattr(_timed, "latency", latency)
     return batches
 
 
@@ -230,7 +230,7 @@ def test_a_model_that_is_slower_when_timed_once_more_is_told(
     monkeypatch: pytest.MonkeyPatch, curvature: ed.Curvature
 ) -> None:
     _device(monkeypatch, curvature, overhead=0.0, told=0.0)
-    steady, calls = _latency_search.latency, []
+    steady, calls = _timed.latency, []
 
     def slower_in_the_end(models: list[nn.Module], data: object, **options: int) -> list[Latency]:
         calls.append(options["rounds"])
@@ -238,7 +238,7 @@ def test_a_model_that_is_slower_when_timed_once_more_is_told(
         slower = 1.2 if options["rounds"] > calls[0] else 1.0
         return [before, Latency(slower * after.median, 0.0)]
 
-    monkeypatch.setattr(_latency_search, "latency", slower_in_the_end)
+    monkeypatch.setattr(_timed, "latency", slower_in_the_end)
     result = _compress(ed.Budget(latency=0.7), curvature=curvature, multiple=1, actions=MEASURED)
     assert result.report.latency > 0.7
     note = f"timed once more, the model takes {result.report.latency:.3f} of the latency"
@@ -311,7 +311,7 @@ def test_channels_alone_are_built_where_calls_of_low_rank_layers_cost_too_much(
     monkeypatch: pytest.MonkeyPatch, curvature: ed.Curvature
 ) -> None:
     _device(monkeypatch, curvature, overhead=0.0, told=0.0)
-    steady = _latency_search.latency
+    steady = _timed.latency
 
     def each_call_costs(models: list[nn.Module], data: object, **options: int) -> list[Latency]:
         factored = [
@@ -323,7 +323,7 @@ def test_channels_alone_are_built_where_calls_of_low_rank_layers_cost_too_much(
             Latency(time.median * (1 + n), 0.0) for time, n in zip(times, factored, strict=True)
         ]
 
-    monkeypatch.setattr(_latency_search, "latency", each_call_costs)
+    monkeypatch.setattr(_timed, "latency", each_call_costs)
     result = _compress(ed.Budget(latency=0.6), curvature=curvature, multiple=1, actions=MEASURED)
     assert result.report.latency <= 0.6
     changed = [layer.action.kind for layer in result.plan.layers.values() if layer.changes]
@@ -415,29 +415,59 @@ def test_two_timings_of_at_most_three_have_to_agree(
     fraction: float,
 ) -> None:
     left = iter(timings)
-    monkeypatch.setattr(_latency_search, "_fraction", lambda *_: next(left))
+    monkeypatch.setattr(_timed, "fraction_of", lambda *_: next(left))
     plan = ed.make_plan(_model(), curvature, ed.Budget(macs=0.5), refine=0, progress=False)
     settings = SimpleNamespace(clock=Clock(), progress=False)
     source = Source(_model(), curvature, None)
-    assert _latency_search._judged(source, plan, settings, None, 0.7) == fraction
+    assert _latency_search.judged(source, plan, settings, None, 0.7) == fraction
     assert not list(left)
+
+
+@pytest.mark.parametrize(
+    ("timings", "kept"),
+    [
+        ({0.6: 0.80, 0.5: 0.71, 0.4: 0.60}, [0.5, 0.4]),  # 0.71 is as good as 0.7
+        ({0.6: 0.70, 0.5: 0.71}, [0.6, 0.5]),  # two are enough: the third is not timed
+        ({0.6: 0.90, 0.5: 0.80, 0.4: 0.85}, [0.5]),
+    ],
+)
+def test_plans_are_timed_again_before_they_are_repaired(
+    monkeypatch: pytest.MonkeyPatch,
+    curvature: ed.Curvature,
+    timings: dict[float, float],
+    kept: list[float],
+) -> None:
+    options = {"refine": 0, "progress": False}
+    plans = {
+        m: ed.make_plan(_model(), curvature, ed.Budget(macs=m), **options) for m in (0.6, 0.5, 0.4)
+    }
+    left = iter(timings.values())
+    monkeypatch.setattr(_latency_search, "fraction_of", lambda *_: next(left))
+    settings = SimpleNamespace(clock=Clock(), progress=False)
+    source = Source(_model(), curvature, None)
+    within = [plans[0.4], plans[0.6], plans[0.5]]  # the dearest first
+    found = _latency_search._confirmed(source, within, settings, None, 0.7)
+    assert found == [plans[m] for m in kept]
+    assert not list(left)
+    assert _latency_search._confirmed(source, within[:1], settings, None, 0.7) == within[:1]
 
 
 def test_every_model_that_is_timed_has_a_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], curvature: ed.Curvature
 ) -> None:
     _device(monkeypatch, curvature, overhead=0.0, told=0.0)
-    tried, judged = [], _latency_search._judged
+    timed, tell = [], _timed.tell
 
-    def counted(*args: object) -> float:
-        tried.append(judged(*args))
-        return tried[-1]
+    def counted(plan: ed.Plan, fraction: float, *rest: object) -> None:
+        timed.append(fraction)
+        tell(plan, fraction, *rest)
 
-    monkeypatch.setattr(_latency_search, "_judged", counted)
+    for module in (_timed, _latency_search):
+        monkeypatch.setattr(module, "tell", counted)
     _compress(ed.Budget(latency=0.7), curvature=curvature, actions=MEASURED, progress=True)
     lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("timed a model of")]
-    assert len(lines) == len(tried) > 1
-    for line, fraction in zip(lines, tried, strict=True):
+    assert len(lines) == len(timed) > 1
+    for line, fraction in zip(lines, timed, strict=True):
         assert f"{fraction:.3f} of the latency, which may be 0.7" in line
     _compress(ed.Budget(latency=0.7), curvature=curvature, actions=MEASURED, progress=False)
     assert capsys.readouterr().err == ""
@@ -475,14 +505,14 @@ def test_a_sweep_goes_on_with_all_that_was_on_the_menu(
 ) -> None:
     """After a latency that channels alone, in any number, meet best."""
     _device(monkeypatch, curvature, overhead=0.0, told=0.0)
-    steady = _latency_search.latency
+    steady = _timed.latency
 
     def low_rank_is_slow(models: list[nn.Module], data: object, **options: int) -> list[Latency]:
         times = steady(models, data, **options)
         slow = [any(isinstance(m, FactoredConv2d) for m in model.modules()) for model in models]
         return [Latency(t.median * (1 + n), 0.0) for t, n in zip(times, slow, strict=True)]
 
-    monkeypatch.setattr(_latency_search, "latency", low_rank_is_slow)
+    monkeypatch.setattr(_timed, "latency", low_rank_is_slow)
     options = {"curvature": curvature, "actions": MEASURED, "calibrate": False, "refine": 0}
     sizes = [ed.Budget(latency=0.7), ed.Budget(macs=0.5)]
     both = ed.sweep(_model(), _batches(), budgets=sizes, progress=False, **options)

@@ -10,10 +10,10 @@ from torch import nn
 
 from eigendamage.batches import Data, kept
 from eigendamage.calls import device_of, require_gradients_possible
-from eigendamage.compress._latency_search import Timing
 from eigendamage.compress._result import Options
 from eigendamage.compress._split import Parts, split
 from eigendamage.compress._steps import Clock, Planning, Settings, Source
+from eigendamage.compress._timed import Timing
 from eigendamage.curvature import (
     Curvature,
     Extra,

@@ -8,9 +8,10 @@ from dataclasses import replace
 
 from torch import nn
 
-from eigendamage.compress._latency_search import Timing, within_latency
+from eigendamage.compress._latency_search import within_latency
 from eigendamage.compress._planned import planned
 from eigendamage.compress._steps import Built, Settings, Source, built, divergence
+from eigendamage.compress._timed import Timing
 from eigendamage.errors import BudgetError
 from eigendamage.plan import Budget
 
