@@ -20,6 +20,7 @@ import eigendamage as ed
 from eigendamage.batch import as_batch
 from eigendamage.curvature import head_of
 from eigendamage.training._feed import LoaderFeed, hold_out
+from eigendamage.training._finetune import _is_worse
 from eigendamage.training._objective import Objective
 
 CPU = torch.device("cpu")
@@ -171,6 +172,22 @@ def test_training_that_makes_it_worse_says_so() -> None:
     assert warning.filename == __file__
     said = f"{done.scores[0]:.3g} before, {done.scores[1]:.3g} after epoch 1, the best of 1"
     assert said in str(warning.message)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "worse"),
+    [
+        (1.0, 1.2, True),
+        (1.0, 1.08, False),
+        (0.01, 0.03, False),
+        (-2.0, -2.1, False),
+        (-2, -1, True),
+    ],
+)
+def test_a_score_is_worse_by_a_tenth_and_more_than_little(
+    before: float, after: float, worse: bool
+) -> None:
+    assert _is_worse(before, after) == worse
 
 
 def test_what_is_held_out_is_not_trained_on() -> None:
