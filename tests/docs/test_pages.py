@@ -62,6 +62,7 @@ def run(block: Block, page: str, names: dict[str, object]) -> None:
 
 @pytest.mark.pages
 @pytest.mark.usefixtures("small_zoo", "surroundings")
+@pytest.mark.filterwarnings("ignore:fine-tuning made the model worse")  # on a few images
 @pytest.mark.parametrize("unit", named([each for each in UNITS if each.python]))
 def test_python_runs(unit: Unit):
     for package in unit.needs:
