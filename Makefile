@@ -26,8 +26,9 @@ $(VENV)/.docs: $(VENV)/.run
 	$(PIP) -e ".[docs]"
 	@touch $@
 
+# One thread: a second saves half a minute, and waits for many where another program has its core.
 demo: $(VENV)/.run
-	$(BIN)/eigendamage demo
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/eigendamage demo
 
 # Without the examples of the documents, which check runs too.
 test: $(VENV)/.dev
