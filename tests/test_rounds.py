@@ -90,6 +90,27 @@ def test_training_after_each_round_changes_the_result_and_leaves_the_input_alone
     assert ed.count(trained.model, data).macs <= 0.5 * ed.count(model, data).macs
 
 
+@pytest.mark.parametrize(("rounds", "of"), [(1, ""), (2, "round 1: ")])
+def test_training_that_makes_it_worse_is_said_where_it_was_called_and_in_the_report(
+    rounds: int, of: str
+) -> None:
+    model, data = network(), batches()
+    ed.finetune(model, data, ed.FinetuneConfig(epochs=20), progress=False)
+    with pytest.warns(UserWarning, match="worse on held-out data") as caught:
+        result = ed.compress(
+            model,
+            data,
+            budget=ed.Budget(macs=0.6),
+            rounds=rounds,
+            method="kron-obs",
+            epochs=1,
+            finetuning=ed.FinetuneConfig(learning_rate=30.0, schedule="constant", clip=None),
+            progress=False,
+        )
+    assert {warning.filename for warning in caught} == {__file__}
+    assert f"{of}{caught[0].message}" in result.report.notes
+
+
 def test_one_round_without_training_is_compress() -> None:
     model, data = network(), batches()
     once, rounds = (

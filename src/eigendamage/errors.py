@@ -1,8 +1,20 @@
-"""Every error of the library: what was found, where, and what to do about it."""
+"""Every error of the library, and how it warns: what was found, where, and what to do about it."""
 
 from __future__ import annotations
 
+import inspect
+import warnings
 from collections.abc import Mapping
+
+_WITHIN = ("eigendamage", "torch", "contextlib")  # whose decorators lie between
+
+
+def warn(message: str, category: type[Warning] = UserWarning) -> None:
+    """Warn at the line of the caller's own code, however deep in the library this is called."""
+    frame, level = inspect.currentframe(), 1
+    while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] in _WITHIN:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, category, stacklevel=level)
 
 
 class EigenDamageError(Exception):

@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader, TensorDataset
 import eigendamage as ed
 from eigendamage.batch import as_batch
 from eigendamage.curvature import head_of
+from eigendamage.training import Training, worsening
 from eigendamage.training._feed import LoaderFeed, hold_out
-from eigendamage.training._finetune import _is_worse
 from eigendamage.training._objective import Objective
 
 CPU = torch.device("cpu")
@@ -187,7 +187,8 @@ def test_training_that_makes_it_worse_says_so() -> None:
 def test_a_score_is_worse_by_a_tenth_and_more_than_little(
     before: float, after: float, worse: bool
 ) -> None:
-    assert _is_worse(before, after) == worse
+    done = Training(losses=(1.0,), scores=(before, after), best=1)
+    assert (worsening(done, ed.FinetuneConfig(epochs=1)) is not None) == worse
 
 
 def test_what_is_held_out_is_not_trained_on() -> None:

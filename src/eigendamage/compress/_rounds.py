@@ -28,7 +28,7 @@ from eigendamage.plan import Plan
 from eigendamage.report import Measured, Report, RoundReport, TrainingReport
 from eigendamage.seeds import later_seed
 from eigendamage.surgery import apply_plan
-from eigendamage.training import FinetuneConfig, batch_digest, digest, finetune
+from eigendamage.training import FinetuneConfig, Training, batch_digest, digest, finetune, worsening
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,6 +84,7 @@ def in_rounds(
     if curvature is not None:  # later rounds have one of their own
         ignore = (*ignore, *on_request(curvature))
     reports: list[RoundReport] = []
+    notes: list[tuple[str, ...]] = []
     result: Compressed | None = None
     tuned: Measured | None = None
     seconds: dict[str, float] = {}
@@ -117,10 +118,14 @@ def in_rounds(
         if result.report.latency is not None:
             left["latency"] = left.get("latency", 1.0) * result.report.latency
         current, how = result.model, None
+        notes.append(result.report.notes)
         if training is not None:
             start = perf_counter()
             current = copy_model(current)
-            how = _trained(current, model, training, step, folder)
+            done = _trained(current, model, training, step, folder)
+            how = TrainingReport.of(done)
+            if worse := worsening(done, training.config):
+                notes[-1] += (worse,)
             seconds["training"] = seconds.get("training", 0.0) + perf_counter() - start
             where = data if eval_data is None else eval_data
             tuned = Measured.of(
@@ -151,6 +156,7 @@ def in_rounds(
                 "seconds": seconds,
                 "latency": left.get("latency"),
                 "predicted": _sum([one.predicted for one in reports]),
+                "notes": _told(notes),
                 "environment": result.report.environment.model_copy(update={"seed": options.seed}),
             }
         ),
@@ -163,9 +169,9 @@ def _trained(
     training: RoundTraining,
     step: Options,
     folder: Path | None,
-) -> TrainingReport:
+) -> Training:
     predictive = isinstance(step.loss, str)
-    done = finetune(
+    return finetune(
         model,
         training.data,
         training.config,
@@ -174,7 +180,6 @@ def _trained(
         checkpoint=None if folder is None else folder / "training.pt",
         progress=step.progress,
     )
-    return TrainingReport.of(done)
 
 
 def _round(report: Report, tuned: Measured | None, training: TrainingReport | None) -> RoundReport:
@@ -188,6 +193,18 @@ def _round(report: Report, tuned: Measured | None, training: TrainingReport | No
         finetuned=tuned,
         training=training,
     )
+
+
+def _told(notes: list[tuple[str, ...]]) -> tuple[str, ...]:
+    """The last round's as they are, and what earlier rounds have beside, with their number."""
+    last = notes[-1]
+    earlier = (
+        f"round {number}: {note}"
+        for number, of_round in enumerate(notes[:-1], 1)
+        for note in of_round
+        if note not in last
+    )
+    return (*last, *earlier)
 
 
 def _sum(values: list[float | None]) -> float | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, Protocol, cast, runtime_checkable
@@ -16,7 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from eigendamage.batches import Data
 from eigendamage.compress import Compressed
 from eigendamage.distributed import world
-from eigendamage.errors import DataError, EigenDamageError
+from eigendamage.errors import DataError, EigenDamageError, warn
 from eigendamage.integrations._adopt import adopt
 from eigendamage.plan import Budget
 from eigendamage.report import Report
@@ -119,10 +118,9 @@ class LiveRounds:
     def end(self) -> None:
         """Warn of rounds that the training ended before."""
         if missed := self._moments[len(self.reports) :]:
-            warnings.warn(
+            warn(
                 f"the training ended before {len(missed)} of {len(self._moments)} rounds, which "
-                f"were to be at {list(missed)}: the budget of {self._budget} is not reached",
-                stacklevel=2,
+                f"were to be at {list(missed)}: the budget of {self._budget} is not reached"
             )
 
 

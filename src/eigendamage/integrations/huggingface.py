@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from eigendamage.errors import DataError, FileFormatError, MismatchError, MissingFileError
+from eigendamage.errors import DataError, FileFormatError, MismatchError, MissingFileError, warn
 from eigendamage.integrations._conv1d import plain_linears
 from eigendamage.integrations._extras import required
 from eigendamage.integrations._pretrained import (
@@ -94,12 +93,11 @@ def pretrained_model(path: str) -> nn.Module:
             f"would be random. Take the model that was trained as {kind.__name__}"
         )
     if unused := loaded["unexpected_keys"]:
-        warnings.warn(
+        warn(
             f"hf:{path} has {len(unused)} weights that {kind.__name__} does not take "
             f"({_some(unused)}); they are left out. If it was trained as another model, name that "
             f"under architectures in its config.json",
             UnusedWeights,
-            stacklevel=2,
         )
     return plain_linears(model).eval()
 

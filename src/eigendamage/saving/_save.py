@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol, TypeVar, runtime_checkable
@@ -10,7 +9,7 @@ from typing import Protocol, TypeVar, runtime_checkable
 import torch
 from torch import nn
 
-from eigendamage.errors import EigenDamageError, MismatchError, MissingFileError
+from eigendamage.errors import EigenDamageError, MismatchError, MissingFileError, warn
 from eigendamage.files import Document, written_together
 from eigendamage.layers import saved_tensors
 from eigendamage.plan import Plan
@@ -128,10 +127,9 @@ def load(
     made, faults = _made(folder, structure)
     knows = "neither its plan nor its report" if made is None else "its plan and no report"
     for fault in faults:
-        warnings.warn(
+        warn(
             f"{fault}. The model is whole without it, and is loaded as one that knows {knows}; "
-            f"save it to another folder, as files here would be replaced",
-            stacklevel=2,
+            f"save it to another folder, as files here would be replaced"
         )
     if made is not None:
         set_made(loaded, made)

@@ -3,7 +3,7 @@
 from eigendamage.training._augment import Augment, crops_and_flips
 from eigendamage.training._config import FinetuneConfig
 from eigendamage.training._feed import length_of
-from eigendamage.training._finetune import batch_digest, digest, finetune
+from eigendamage.training._finetune import batch_digest, digest, finetune, worsening
 from eigendamage.training._loop import Training
 from eigendamage.training._polish import PolishConfig, polish
 
@@ -18,4 +18,5 @@ __all__ = [
     "finetune",
     "length_of",
     "polish",
+    "worsening",
 ]

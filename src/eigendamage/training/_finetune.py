@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import warnings
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -26,7 +25,7 @@ from eigendamage.distributed import (
     require_same,
     world,
 )
-from eigendamage.errors import DataError, EigenDamageError
+from eigendamage.errors import DataError, EigenDamageError, warn
 from eigendamage.layers import balance_factors, evaluating, preserved_random_state
 from eigendamage.training._checkpoint import Checkpoint
 from eigendamage.training._config import FinetuneConfig
@@ -142,20 +141,26 @@ def finetune(
             least=1 if judged is None or objective.by_labels(next(iter(judged))) else 0,
             processes=world(),
         )
-    if rank() == 0 and done.scores and _is_worse(done.scores[0], done.scores[done.best]):
-        warnings.warn(
-            f"fine-tuning made the model worse on held-out data, which the original may have been "
-            f"trained on: {done.scores[0]:.3g} before, {done.scores[done.best]:.3g} after epoch "
-            f"{done.best}, the best of {config.epochs}; lower the learning rate (it is "
-            f"{config.peak}), or train for more epochs",
-            stacklevel=4,  # past the decorators
-        )
+    if rank() == 0 and (trouble := worsening(done, config)):
+        warn(trouble)
     return done
 
 
-def _is_worse(before: float, after: float) -> bool:
-    """By more than what the original's having seen the data may feign."""
-    return after - before > max(0.1 * abs(before), 0.05)
+def worsening(done: Training, config: FinetuneConfig) -> str | None:
+    """What to say of a training that left the model clearly worse on what was held out.
+
+    Worse by more than what the original's having seen those data may feign.
+    """
+    if not done.scores:
+        return None
+    before, after = done.scores[0], done.scores[done.best]
+    if after - before <= max(0.1 * abs(before), 0.05):
+        return None
+    return (
+        f"fine-tuning made the model worse on held-out data, which the original may have been "
+        f"trained on: {before:.3g} before, {after:.3g} after epoch {done.best}, the best of "
+        f"{config.epochs}; lower the learning rate (it is {config.peak}), or train for more epochs"
+    )
 
 
 def _identity(
