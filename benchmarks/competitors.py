@@ -26,6 +26,8 @@ STEPS = 9
 NEAR = 0.98
 """Of the budget: a bisection that ends below it is not trusted."""
 GRID = 40
+GOLDEN = (5**0.5 - 1) / 2
+"""Whose multiples lie evenly between whole numbers."""
 
 
 def closest(make: Callable[[float], nn.Module], macs: Callable[[nn.Module], float]) -> nn.Module:
@@ -241,8 +243,18 @@ def torch_pruned(
 # --- low rank ------------------------------------------------------------------------------------
 
 
-def convolutions(model: nn.Module) -> dict[str, nn.Conv2d]:
-    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+def factored(model: nn.Module) -> dict[str, nn.Conv2d]:
+    """All convolutions but the first, whose few inputs cost much to lose and little to keep."""
+    found = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+    return dict(list(found.items())[1:])
+
+
+def rank_of(most: int | float, kept: float, index: int) -> int:
+    """A fraction of the ranks of the layer of that number, rounded up in some and down in others.
+
+    Where all rounded alike, all would go to the next rank at once, far past the budget.
+    """
+    return max(1, int(kept * most + index * GOLDEN % 1))
 
 
 def put(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -284,12 +296,12 @@ def svd_of(conv: nn.Conv2d, moment: Tensor | None) -> tuple[Tensor, Tensor, Tens
 def low_rank(
     model: nn.Module, parts: dict[str, tuple[Tensor, Tensor, Tensor]], kept: float
 ) -> nn.Module:
-    """Every convolution as K x K with few outputs and 1 x 1, to one fraction of its weights."""
+    """Convolutions as K x K with few outputs and 1 x 1, to one fraction of their weights."""
     small = copy.deepcopy(model)
-    for name, conv in convolutions(model).items():
+    for index, (name, conv) in enumerate(factored(model).items()):
         U, s, Vh = parts[name]
         o, columns = conv.weight.flatten(1).shape
-        rank = max(1, int(kept * o * columns / (o + columns)))
+        rank = rank_of(o * columns / (o + columns), kept, index)
         first = Vh[:rank].reshape(rank, *conv.weight.shape[1:])
         stages = (conv_of(first, conv), conv_of((U * s)[:, :rank, None, None], conv, conv.bias))
         if conv.kernel_size == (1, 1):
@@ -299,13 +311,13 @@ def low_rank(
 
 
 def tucker(model: nn.Module, kept: float) -> nn.Module:
-    """Every convolution as 1 x 1, K x K and 1 x 1, both ranks to one fraction of its channels."""
+    """Convolutions as 1 x 1, K x K and 1 x 1, both ranks to one fraction of their channels."""
     small = copy.deepcopy(model)
-    for name, conv in convolutions(model).items():
+    for index, (name, conv) in enumerate(factored(model).items()):
         if conv.kernel_size == (1, 1):
             continue
         o, i, *_ = conv.weight.shape
-        ranks = [max(1, round(kept * o)), max(1, round(kept * i))]
+        ranks = [min(o, rank_of(o, kept, 2 * index)), min(i, rank_of(i, kept, 2 * index + 1))]
         with tensorly.backend_context("numpy", local_threadsafe=True):
             (core, (of_o, of_i)), _ = partial_tucker(
                 conv.weight.detach().double().numpy(), rank=ranks, modes=[0, 1], random_state=0
@@ -353,7 +365,7 @@ def competitors(
     def by_svd(whitened: bool, budget: float) -> nn.Module:
         parts = {
             name: svd_of(conv, patches_of(curvature[name]) if whitened else None)
-            for name, conv in convolutions(model).items()
+            for name, conv in factored(model).items()
         }
         return fitted(partial(low_rank, model, parts), budget)
 

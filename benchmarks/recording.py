@@ -18,10 +18,13 @@ from eigendamage.files import written_beside
 
 
 def machine() -> dict[str, Any]:
+    """Where it ran; where glibc's allocator was set, also how, which times may depend on."""
+    malloc = {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")}
     return {
         "system": platform.machine(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        **({"malloc": malloc} if malloc else {}),
     }
 
 

@@ -539,3 +539,38 @@ def test_finetuning_lowers_the_loss_and_keeps_modes() -> None:
     assert not small.training
     with pytest.raises(ed.DataError, match="labels"):
         ed.finetune(small, [train.images[:4]] * 4, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("eval_data", "said"),
+    [
+        ([], "eval_data: the data has no example"),
+        ([torch.randn(4, 7)], "eval_data: layer '0'"),
+        ([(torch.randn(4, 3, 8, 8), torch.full((4,), 9))], "eval_data: .*9"),
+    ],
+)
+def test_faulty_eval_data_is_refused_before_the_work(eval_data: list[Tensor], said: str) -> None:
+    def never() -> Iterator[Tensor]:
+        raise AssertionError("the data was read")
+        yield
+
+    class Unread:
+        def __iter__(self) -> Iterator[Tensor]:
+            return never()
+
+    with pytest.raises(ed.DataError, match=said):
+        ed.compress(
+            _network(),
+            Unread(),  # type: ignore[arg-type]
+            budget=ed.Budget(macs=0.5),
+            method="kron-obs",
+            eval_data=eval_data,
+            progress=False,
+        )
+
+
+def test_a_table_of_less_than_no_example_is_refused() -> None:
+    with pytest.raises(ed.EigenDamageError, match="calibration_examples is -1"):
+        ed.compress(
+            _network(), [], budget=ed.Budget(macs=0.5), calibration_examples=-1, progress=False
+        )

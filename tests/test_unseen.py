@@ -116,3 +116,63 @@ def test_values_at_padding_are_told() -> None:
     assert any("'encoder' no longer packs" in note for note in result.report.notes)
     narrow = ed.compress(model, data, actions=("channels",), **options)
     assert not any("packs" in note for note in narrow.report.notes)
+
+
+class ReadsAWeight(nn.Module):
+    """Takes a layer's weight, or only its type, outside of the layer."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what = what
+        self.pre, self.a = nn.Linear(8, 48), nn.Linear(48, 48)
+        self.b, self.head = nn.Linear(48, 48), nn.Linear(48, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.pre(x))
+        if self.what == "dtype":
+            x = x.to(self.a.weight.dtype).type_as(self.a.weight)
+        x = torch.relu(self.a(x))
+        if self.what == "values":
+            x = torch.nn.functional.linear(x, self.a.weight.t())
+        return self.head(torch.relu(self.b(x)))
+
+
+def test_a_layer_whose_weight_is_read_past_its_forward_is_left_alone() -> None:
+    torch.manual_seed(0)
+    model = ReadsAWeight("values").eval()
+    data = list(torch.randn(120, 8).split(20))
+    for method in ("auto", "eigendamage"):
+        result = ed.compress(model, data, budget=ed.Budget(macs=0.9), method=method, progress=False)
+        assert "read directly" in result.report.left_alone["a"]
+        before, after = result.report.macs
+        assert after == ed.count(result.model, data).macs <= 0.9 * before
+        assert not [note for note in result.report.notes if "the budget of" in note]
+
+
+def test_a_model_larger_than_its_budget_because_of_what_it_reads_says_so() -> None:
+    torch.manual_seed(0)
+    model = ReadsAWeight("dtype").eval()
+    data = list(torch.randn(120, 8).split(20))
+    result = ed.compress(
+        model, data, budget=ed.Budget(macs=0.5), actions=["low-rank"], progress=False
+    )
+    assert "a" not in result.report.left_alone
+    assert result.report.macs[1] > 0.5 * result.report.macs[0]
+    (note,) = [note for note in result.report.notes if "above the budget of 0.5" in note]
+    assert note.startswith(f"the model has {result.report.macs[1] / result.report.macs[0]:.4g}")
+
+
+def test_a_model_far_below_its_budget_says_so() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU()),
+        *(nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU()),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 3)),
+    ).eval()
+    data = list(torch.randn(40, 3, 8, 8).split(10))
+    result = ed.compress(
+        model, data, budget=ed.Budget(macs=0.6), method="slimming", progress=False
+    )  # every scale is 1
+    left = result.report.macs[1] / result.report.macs[0]
+    assert left < 0.3
+    assert [n for n in result.report.notes if f"{left:.3g} of the macs, far below" in n]

@@ -8,12 +8,15 @@ from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from shutil import rmtree
+from stat import S_IMODE
 from threading import get_ident
 from time import monotonic, sleep
 from typing import Any, BinaryIO, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
 
 from eigendamage.errors import (
     BudgetError,
@@ -77,6 +80,20 @@ def written_beside(path: str | Path) -> Generator[Path]:
             beside.replace(final)
         finally:
             beside.unlink(missing_ok=True)
+
+
+def save_tensors(
+    tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None
+) -> None:
+    """Write safetensors with the permissions of any new file; their writer lets nobody else read.
+
+    Raises:
+        OSError, SafetensorError: if it cannot be written.
+    """
+    path.touch()
+    mode = S_IMODE(path.stat().st_mode)
+    save_file(tensors, path, metadata=metadata)
+    path.chmod(mode)
 
 
 def refuse_special(path: Path) -> None:

@@ -99,3 +99,25 @@ def test_lazy_layers_are_refused_by_name() -> None:
 def test_a_compiled_model_is_refused() -> None:
     with pytest.raises(EigenDamageError, match="compile"):
         find_layers(torch.compile(nn.Linear(2, 2)))
+
+
+@pytest.mark.filterwarnings("ignore:.*script_method.*:DeprecationWarning")  # torch's own
+@pytest.mark.parametrize("how", ["part", "in place", "forward"])
+def test_a_model_that_was_compiled_in_parts_is_refused_by_name(how: str) -> None:
+    model = nn.Sequential(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), nn.Linear(2, 2))
+    if how == "part":
+        model[0] = torch.compile(model[0])  # type: ignore[assignment]
+    elif how == "in place":
+        model[0].compile()
+    else:
+        model[0].forward = torch.compile(model[0].forward)
+    with pytest.raises(EigenDamageError, match="'0' was compiled in place"):
+        find_layers(model)
+
+
+def test_a_parametrized_layer_is_told_by_its_own_name() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)))
+    found = find_layers(model)
+    assert list(found.compressible) == ["0"]
+    assert list(found.left_alone) == ["1"]
+    assert "remove_parametrizations" in found.left_alone["1"]

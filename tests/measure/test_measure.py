@@ -181,3 +181,13 @@ def test_labels_that_are_all_ignored_are_refused():
     ignored = [(torch.randn(5, 2, 2), torch.full((5,), -100))]
     with pytest.raises(ed.DataError, match="no position of the 5 examples counts"):
         ed.evaluate(model, ignored, progress=False)
+
+
+@pytest.mark.parametrize("outputs", [1, 5])
+@pytest.mark.parametrize("loss", ["cross_entropy", "mse", "bce"])
+def test_a_reference_with_other_outputs_is_refused(outputs: int, loss: ed.Loss) -> None:
+    data = [torch.randn(4, 8)]
+    with pytest.raises(ed.MismatchError, match=rf"returns \(4, {outputs}\) and the model \(4, 3\)"):
+        ed.evaluate(
+            nn.Linear(8, 3), data, reference=nn.Linear(8, outputs), loss=loss, progress=False
+        )

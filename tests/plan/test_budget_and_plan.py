@@ -60,6 +60,12 @@ def test_budgets_that_make_no_sense_are_refused(wrong: dict[str, float]) -> None
         ed.Budget(**wrong)
 
 
+def test_a_budget_in_words_is_refused_in_one_line() -> None:
+    with pytest.raises(ed.BudgetError) as error:
+        ed.Budget(macs="0.5")  # type: ignore[arg-type]
+    assert str(error.value) == "a budget is made of numbers: macs is '0.5'"
+
+
 @pytest.mark.parametrize("unit", ["macs", "params"])
 @pytest.mark.parametrize("limit", [0.9, 0.6, 0.4, 0.2])
 @pytest.mark.parametrize("form", ["cheapest", "three"])

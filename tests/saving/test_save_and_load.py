@@ -72,6 +72,8 @@ def test_a_result_is_saved_with_its_plan_and_report(tmp_path: Path) -> None:
     folder = tmp_path / "deep" / "small"
     told = ["plan.json", "report.html", "report.json"]
     assert files(folder) == ["model.safetensors", *told, "structure.json"]
+    modes = {path.stat().st_mode for path in folder.iterdir()}
+    assert len(modes) == 1  # whoever may read the report may read the weights
     assert ed.Plan.load(folder / "plan.json") == result.plan
     assert ed.Report.load(folder / "report.json") == result.report
     found = ed.load(network(), folder)

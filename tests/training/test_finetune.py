@@ -536,3 +536,13 @@ def test_other_data_is_another_run(tmp_path: Path) -> None:
         run(0.0, original=network(1))
     with pytest.raises(FileNotFoundError, match="does not exist"):
         ed.finetune(network(), [(x, y)], config, checkpoint=tmp_path / "no" / "s", progress=False)
+
+
+def test_an_original_with_other_outputs_is_refused() -> None:
+    with pytest.raises(ed.MismatchError, match="the original"):
+        ed.finetune(
+            nn.Linear(6, 3),
+            [torch.randn(4, 6) for _ in range(10)],
+            original=nn.Linear(6, 1),
+            progress=False,
+        )

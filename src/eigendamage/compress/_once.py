@@ -8,13 +8,14 @@ from functools import partial
 from torch import nn
 
 from eigendamage.batches import Data, kept
-from eigendamage.compress._prepare import Preparation, prepared, require_loss
+from eigendamage.compress._prepare import Preparation, prepared, require_loss, require_measurable
 from eigendamage.compress._report import Versions, report_of
 from eigendamage.compress._result import Compressed, Options
 from eigendamage.compress._search import in_shots
 from eigendamage.compress._steps import Built, Source, built, repairable
 from eigendamage.curvature import Curvature
 from eigendamage.distributed import with_first_state
+from eigendamage.errors import EigenDamageError
 from eigendamage.layers import copy_model
 from eigendamage.plan import Plan, check_options, make_plan
 from eigendamage.report import TrainingReport
@@ -54,6 +55,8 @@ def once(
     eval_data = kept(eval_data)
     ready = prepared(model, data, options)
     settings = ready.settings
+    if eval_data is not None and (before is None or not before.plans):
+        require_measurable(model, eval_data, options)
     ignored = options.ignore
     if curvature is None:
         curvature, ignored = ready.curvature(model, ignored), ()
@@ -112,6 +115,8 @@ def once(
 def check(options: Options) -> None:
     """Refuse options of `make_plan` that do not go together, and a seed that is none."""
     check_seed(options.seed)
+    if (examples := options.calibration_examples) is not None and examples < 0:
+        raise EigenDamageError(f"calibration_examples is {examples}; give 0 for no table")
     check_options(
         options.budget,
         method=options.method,

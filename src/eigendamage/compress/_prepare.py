@@ -24,9 +24,9 @@ from eigendamage.curvature import (
     loss_name,
 )
 from eigendamage.distributed import decided
-from eigendamage.errors import ChannelError, EigenDamageError, LossError, MismatchError
+from eigendamage.errors import ChannelError, DataError, EigenDamageError, LossError, MismatchError
 from eigendamage.layers import ON_REQUEST, find_layers, require_copyable
-from eigendamage.measure import measure_latency_table
+from eigendamage.measure import evaluate, measure_latency_table
 from eigendamage.plan import (
     ACTIONS,
     Budget,
@@ -49,7 +49,27 @@ _UNSTEADY = (
     "data in the same order in every pass"
 )
 _LATENCY_MULTIPLE = 8  # many processors take no less time for ranks in between
+_FIRST = 8  # examples
 _FEW = 8  # steps: a group of fewer may do better with numbers in between
+
+
+def require_measurable(model: nn.Module, eval_data: Data, options: Options) -> None:
+    """Measure the original on the first examples of what the result is measured on in the end.
+
+    Raises:
+        DataError: if that fails, so that it does so before all the work and not after it.
+    """
+    try:
+        evaluate(
+            model,
+            eval_data,
+            loss=options.loss,
+            max_examples=_FIRST,
+            reduction=options.reduction,
+            progress=False,
+        )
+    except EigenDamageError as error:
+        raise DataError(f"eval_data: {error}") from error
 
 
 @dataclass(frozen=True, eq=False)

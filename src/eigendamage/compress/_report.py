@@ -13,7 +13,7 @@ from eigendamage.calls import device_of
 from eigendamage.compress._prepare import Preparation
 from eigendamage.compress._steps import Built
 from eigendamage.compress._truth import truth_of
-from eigendamage.compress._unseen import other_outputs, padding
+from eigendamage.compress._unseen import other_outputs, padding, sizes_against
 from eigendamage.curvature import Curvature, calibration_table
 from eigendamage.measure import count, evaluate_together
 from eigendamage.plan import Budget, Plan
@@ -106,6 +106,8 @@ def report_of(
     doubt = () if truth is None or truth.note is None else (truth.note,)
     batch = Batches(data, device_of(model), ready.options.max_examples).peek()
     unseen = [*padding(versions[-1])]
+    if all(layer.action.kind != "mask" for layer in plan.layers.values()):
+        unseen += sizes_against(budget, count(model, data), sizes[1])
     changed = any(each.changed for each in (*beside.plans, *(shot.plan for shot in chain)))
     if changed and isinstance(settings.loss, str):  # a function is given all outputs
         unseen += other_outputs(beside.original, versions[-1], batch)

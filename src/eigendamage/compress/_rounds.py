@@ -10,7 +10,7 @@ from time import perf_counter
 from types import FunctionType
 from typing import Any, Literal
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from eigendamage.batches import Batches, Data
@@ -21,7 +21,7 @@ from eigendamage.compress._result import Compressed, Options
 from eigendamage.curvature import Curvature, load_curvature, save_curvature
 from eigendamage.distributed import decided
 from eigendamage.errors import MismatchError
-from eigendamage.files import Document, make_folder, written_beside
+from eigendamage.files import Document, make_folder, save_tensors, written_beside
 from eigendamage.layers import copy_model
 from eigendamage.measure import evaluate
 from eigendamage.plan import Plan
@@ -118,7 +118,9 @@ def in_rounds(
         if result.report.latency is not None:
             left["latency"] = left.get("latency", 1.0) * result.report.latency
         current, how = result.model, None
-        notes.append(result.report.notes)
+        truth = result.report.truth
+        superseded = None if truth is None or index + 1 == rounds else truth.note
+        notes.append(tuple(note for note in result.report.notes if note != superseded))
         if training is not None:
             start = perf_counter()
             current = copy_model(current)
@@ -196,15 +198,13 @@ def _round(report: Report, tuned: Measured | None, training: TrainingReport | No
 
 
 def _told(notes: list[tuple[str, ...]]) -> tuple[str, ...]:
-    """The last round's as they are, and what earlier rounds have beside, with their number."""
-    last = notes[-1]
-    earlier = (
-        f"round {number}: {note}"
-        for number, of_round in enumerate(notes[:-1], 1)
-        for note in of_round
-        if note not in last
-    )
-    return (*last, *earlier)
+    """The last round's as they are, and what earlier rounds have beside, with their numbers."""
+    earlier: dict[str, list[str]] = {}
+    for number, of_round in enumerate(notes[:-1], 1):
+        for note in of_round:
+            if note not in notes[-1]:
+                earlier.setdefault(note, []).append(str(number))
+    return (*notes[-1], *(f"round {', '.join(n)}: {note}" for note, n in earlier.items()))
 
 
 def _sum(values: list[float | None]) -> float | None:
@@ -261,7 +261,7 @@ def _keep(result: Compressed, folder: Path) -> None:
     make_folder(folder)
     tensors = {k: v.detach().cpu().contiguous() for k, v in result.model.state_dict().items()}
     with written_beside(folder / "untrained.safetensors") as beside:
-        save_file({k: v.clone() for k, v in tensors.items()}, beside)
+        save_tensors({k: v.clone() for k, v in tensors.items()}, beside)
     save_curvature(result.curvature, folder / "curvature.safetensors")
     result.plan.save(folder / "plan.json")
     result.report.save(folder / "report.json")

@@ -1,4 +1,4 @@
-"""What no measurement of a report sees, said as notes."""
+"""What the numbers of a report do not show by themselves, said as notes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from torch import Tensor, nn
 from eigendamage.batch import Batch, tensors_in
 from eigendamage.calls import call, logits_of
 from eigendamage.layers import PACKING, evaluating, origin_of, preserved_random_state
+from eigendamage.measure import Count
+from eigendamage.plan import Budget
 
+_COUNTED = 1e-3  # a plan counts what layers cost, not what a few operations beside them do
+_FAR_BELOW = 0.8
 _MEND = (
     "To keep it, compress a wrapper whose forward returns all that counts in one tensor, with "
     "loss='mse', say"
@@ -34,6 +38,33 @@ def other_outputs(original: nn.Module, result: nn.Module, batch: Batch) -> Itera
         else:
             moved = f"moved by {_moved(was, now)} (root mean square, one batch)"
         yield f"the loss is not taken of the model's output {name}, which {moved}. {_MEND}"
+
+
+def sizes_against(budget: Budget, before: Count, after: Count) -> Iterator[str]:
+    """Notes on a result that is larger than its plan said, or far smaller than the budget asks.
+
+    Args:
+        budget: of what was done.
+        before: the size that its fractions are of.
+        after: what was counted in the result.
+    """
+    counted = {"macs": (before.macs, after.macs), "params": (before.parameters, after.parameters)}
+    for unit, fraction in budget.given.items():
+        if unit not in counted:
+            continue
+        was, now = counted[unit]
+        left = now / was
+        if left > fraction * (1 + _COUNTED):
+            yield (
+                f"the model has {left:.4g} of the {unit}, above the budget of {fraction:g}: it "
+                f"reads the weight of a factored layer outside that layer's forward, which "
+                f"multiplies its stages each time; leave that layer alone with ignore="
+            )
+        elif left < _FAR_BELOW * fraction and len(budget.given) == 1:
+            yield (
+                f"the model has {left:.3g} of the {unit}, far below the budget of {fraction:g}: "
+                f"there is no choice between, as units of equal price go together"
+            )
 
 
 def padding(result: nn.Module) -> Iterator[str]:

@@ -26,7 +26,7 @@ class SquaredError(PredictiveHead):
         error = logits - _same_shape(checked(batch.target), logits)
         return _mean(error.square(), batch)
 
-    def divergence(self, reference: Tensor, logits: Tensor, batch: Batch) -> Tensor:
+    def _rise(self, reference: Tensor, logits: Tensor, batch: Batch) -> Tensor:
         return _mean((logits.double() - reference.double()).square(), batch)
 
     def quadratic(self, logits: Tensor, tangent: Tensor, batch: Batch) -> Tensor:
@@ -62,7 +62,7 @@ class BinaryCrossEntropy(PredictiveHead):
         losses = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
         return _mean(losses, batch)
 
-    def divergence(self, reference: Tensor, logits: Tensor, batch: Batch) -> Tensor:
+    def _rise(self, reference: Tensor, logits: Tensor, batch: Batch) -> Tensor:
         p, q = reference.double(), logits.double()
         positive = p.sigmoid() * (F.logsigmoid(p) - F.logsigmoid(q))
         negative = (-p).sigmoid() * (F.logsigmoid(-p) - F.logsigmoid(-q))

@@ -36,7 +36,7 @@ class CrossEntropy(PredictiveHead):
             ).reshape(target.shape)
         return losses.reshape(batch.size, -1).sum(1)
 
-    def divergence(self, reference: Tensor, logits: Tensor, batch: Batch) -> Tensor:
+    def _rise(self, reference: Tensor, logits: Tensor, batch: Batch) -> Tensor:
         p = self._classes_last(reference).double().log_softmax(-1)
         q = self._classes_last(logits).double().log_softmax(-1)
         kl = (p.exp() * (p - q)).sum(-1)

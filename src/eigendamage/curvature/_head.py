@@ -26,7 +26,7 @@ from torch import Generator, Tensor
 
 from eigendamage.batch import Batch
 from eigendamage.calls import logits_of, output_tensors
-from eigendamage.errors import LossError, NonFiniteError
+from eigendamage.errors import LossError, MismatchError, NonFiniteError
 
 Fisher = Literal["mc", "exact", "empirical"]
 
@@ -93,12 +93,24 @@ class PredictiveHead(Head):
     def positions(self, output: Any, batch: Batch) -> int:
         return self.draws(logits_of(output), batch)
 
-    @abstractmethod
     def divergence(self, reference: Tensor, logits: Tensor, batch: Batch) -> Tensor:
         """The expected rise of each example's loss, (n,), if ``reference`` tells the truth.
 
         Cross-entropy: KL(reference ‖ logits), summed over positions.
+
+        Raises:
+            MismatchError: if the two are not of the same shape.
         """
+        if reference.shape != logits.shape:
+            raise MismatchError(
+                f"the original (or reference) returns {tuple(reference.shape)} and the model "
+                f"{tuple(logits.shape)} for the same batch; give the network that it was made of"
+            )
+        return self._rise(reference, logits, batch)
+
+    @abstractmethod
+    def _rise(self, reference: Tensor, logits: Tensor, batch: Batch) -> Tensor:
+        """`divergence` of two that have the same shape."""
 
     def terms(self, logits: Tensor, batch: Batch) -> int:
         """How many terms the divergences of a batch's examples add up, one a position or example.

@@ -10,14 +10,13 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from eigendamage.curvature._curvature import Curvature, Extra
 from eigendamage.curvature._head import Fisher
 from eigendamage.curvature._layer import EigenvalueKind, LayerCurvature
 from eigendamage.errors import FileFormatError, MissingFileError
-from eigendamage.files import parsed, written_beside
+from eigendamage.files import parsed, save_tensors, written_beside
 from eigendamage.layers import ChannelGraph, LayerShape
 
 _FORMAT = "eigendamage.curvature"
@@ -96,7 +95,7 @@ def save_curvature(curvature: Curvature, path: str | Path) -> None:
         channels=curvature.channels,
     )
     with written_beside(path) as beside:
-        save_file(tensors, beside, metadata={"curvature": header.model_dump_json()})
+        save_tensors(tensors, beside, metadata={"curvature": header.model_dump_json()})
 
 
 def load_curvature(path: str | Path, device: str | torch.device = "cpu") -> Curvature:

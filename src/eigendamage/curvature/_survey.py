@@ -51,6 +51,8 @@ def survey(model: nn.Module, batch: Batch, ignore: Iterable[str], head: Head) ->
             left_alone[name] = (
                 "it was not called on the data given: it did not run, or its weight is read"
             )
+        elif name in traced.read:
+            left_alone[name] = "its weight is also read directly, past its forward"
         elif name not in reached:
             left_alone[name] = "no gradient of the loss reaches it"
         elif name in unclear:

@@ -10,7 +10,6 @@ from typing import Any, cast
 
 import torch
 import torch.utils._pytree as pytree
-from safetensors.torch import save_file
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
@@ -23,6 +22,7 @@ from eigendamage.export._names import Names, identifier
 from eigendamage.export._parts import Part, part_of
 from eigendamage.export._statements import expression
 from eigendamage.export._values import named_outputs, plain_output
+from eigendamage.files import save_tensors
 
 _TEMPLATE = '''"""A network of torch.nn parts, written by eigendamage {version} and not needing it.
 
@@ -70,7 +70,7 @@ def write_source(program: ExportedProgram, folder: Path) -> None:
     """
     _tidy(program.graph)
     source = _Source(program)
-    save_file(source.weights(), folder / "model.safetensors")
+    save_tensors(source.weights(), folder / "model.safetensors")
     (folder / "model.py").write_text(source.text(), encoding="utf-8")
 
 

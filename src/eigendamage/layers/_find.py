@@ -149,13 +149,9 @@ def find_layers(model: nn.Module, *, ignore: Iterable[str] = ()) -> Layers:
         LayerError: if a lazy module has not been initialised.
         EigenDamageError: if a pattern matches no module with parameters, or the model is compiled.
     """
-    if hasattr(model, "_orig_mod"):
-        raise EigenDamageError(
-            "the model was compiled with torch.compile, which hides its layers; pass the original "
-            "(model._orig_mod) and compile the result"
-        )
     if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise EigenDamageError(f"a torch.nn.Module was expected, found {type(model).__name__}")
+    _require_not_compiled(model)
     patterns = [ignore] if isinstance(ignore, str) else list(ignore)
     matched: set[str] = set()
     paths: dict[int, list[str]] = defaultdict(list)
@@ -166,15 +162,17 @@ def find_layers(model: nn.Module, *, ignore: Iterable[str] = ()) -> Layers:
 
     compressible: dict[str, Layer] = {}
     left_alone: dict[str, str] = {}
-    inside_factored: set[int] = set()
+    inside: set[int] = set()
     for path, module in model.named_modules():
-        if id(module) in inside_factored:
+        if id(module) in inside:
             continue
         factored = isinstance(module, FactoredConv2d | FactoredLinear)
         if factored:
-            inside_factored.update(id(m) for m in module.modules())
+            inside.update(id(m) for m in module.modules())
         elif not _has_parameters(module):
             continue
+        elif parametrize.is_parametrized(module):
+            inside.update(id(m) for m in cast("nn.Module", module.parametrizations).modules())
         names = tuple(paths[id(module)])
         hits = [p for p in patterns if any(fnmatchcase(n, p) for n in names)]
         matched.update(hits)
@@ -193,6 +191,31 @@ def find_layers(model: nn.Module, *, ignore: Iterable[str] = ()) -> Layers:
             f"ignore pattern '{unmatched[0]}' matches no layer; layers are: {known}, …"
         )
     return Layers(compressible, left_alone)
+
+
+def _require_not_compiled(model: nn.Module) -> None:
+    """Refuse what runs as a compiled graph, in which layers cannot be watched.
+
+    Raises:
+        EigenDamageError: if the model or a part of it was compiled.
+    """
+    if hasattr(model, "_orig_mod"):
+        raise EigenDamageError(
+            "the model was compiled with torch.compile, which hides its layers; pass the original "
+            "(model._orig_mod) and compile the result"
+        )
+    for path, module in model.named_modules():
+        forward = vars(module).get("forward")
+        if (
+            hasattr(module, "_orig_mod")
+            or getattr(module, "_compiled_call_impl", None) is not None
+            or hasattr(forward, "_torchdynamo_orig_callable")
+        ):
+            what = f"'{path}'" if path else "the model"
+            raise EigenDamageError(
+                f"{what} was compiled in place (torch.compile, or compile() of the module), which "
+                f"hides its layers; compress the model as it was before, and compile the result"
+            )
 
 
 def _has_parameters(module: nn.Module) -> bool:
@@ -241,7 +264,11 @@ def _why_not(
         base = nn.Linear if isinstance(module, nn.Linear) else nn.Conv2d
         return f"{kind} overrides the forward of {base.__name__}"
     if parametrize.is_parametrized(module) or "weight" not in own:
-        return f"the weight of {kind} is computed from other parameters (parametrized or masked)"
+        mend = "; parametrize.remove_parametrizations makes it plain"
+        return (
+            f"the weight of {kind} is computed from other parameters (parametrized or masked)"
+            f"{mend if parametrize.is_parametrized(module) else ''}"
+        )
     hooks = [hook for kind in HOOKS for hook in getattr(module, kind).values()]
     if any(_is_ours(hook) for hook in hooks):
         return (

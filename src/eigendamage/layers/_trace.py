@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from eigendamage.batch import Batch
+from eigendamage.batch import Batch, tensors_in
 from eigendamage.calls import first_call, output_tensors
 from eigendamage.errors import ShapeError
 from eigendamage.layers._cost import LayerShape
@@ -44,12 +45,14 @@ class Trace:
     Attributes:
         layers: the layers that ran, in the order in which they first did.
         outputs: the modules, compressible or not, that returned the model's output.
+        read: the layers whose weights something else than their own forward computes with.
         macs: multiply-accumulates of one example in the whole model, everything included that
             ``torch.utils.flop_counter`` knows (also attention and layers that are left alone).
     """
 
     layers: Mapping[str, LayerTrace]
     outputs: frozenset[str]
+    read: frozenset[str]
     macs: float
 
 
@@ -103,6 +106,52 @@ def counted_operations(model: nn.Module) -> Generator[FlopCounterMode]:
                 parameter.requires_grad_(True)
 
 
+class _Reads(TorchFunctionMode):
+    """While active, notes whose parameters are computed with while their layer does not run."""
+
+    def __init__(self, layers: Iterable[Layer]) -> None:
+        super().__init__()
+        self._owners = {id(p): layer.name for layer in layers for p in layer.module.parameters()}
+        self._running: list[str] = []
+        self.found: set[str] = set()
+
+    def watch(self, layer: Layer) -> list[Any]:
+        """Hooks that tell when the layer runs."""
+
+        def begins(*_: object) -> None:
+            self._running.append(layer.name)
+
+        def ends(*_: object) -> None:
+            self._running.remove(layer.name)
+
+        return [
+            layer.module.register_forward_pre_hook(begins),
+            layer.module.register_forward_hook(ends, always_call=True),
+        ]
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if _computes(func, args) and tensors_in([result]):
+            owners = {
+                self._owners.get(id(x)) for x in tensors_in([*args, *(kwargs or {}).values()])
+            }
+            self.found.update(o for o in owners if o is not None and o not in self._running)
+        return result
+
+
+def _computes(func: Callable[..., Any], args: tuple[Any, ...]) -> bool:
+    """Whether a function takes more of its tensors than their size, type and device."""
+    name = getattr(func, "__name__", "")
+    as_another = name == "to" and len(args) > 1 and isinstance(args[1], nn.Parameter)
+    return not (as_another or name == "type_as" or name[:4] == "new_" or name[-5:] == "_like")
+
+
 def trace(
     model: nn.Module,
     layers: Mapping[str, Layer],
@@ -152,6 +201,8 @@ def trace(
         layer.module.register_forward_hook(watch(layer), prepend=True, with_kwargs=True)
         for layer in layers.values()
     ]
+    reads = _Reads(layers.values())
+    handles += [handle for layer in layers.values() for handle in reads.watch(layer)]
     handles += [
         module.register_forward_hook(note(name), prepend=True)
         for name, module in model.named_modules()
@@ -161,6 +212,7 @@ def trace(
         with (
             evaluating(model),
             counted_operations(model) as counter,
+            reads,
             warnings.catch_warnings(),
         ):
             # Reentrant checkpoints warn of what is meant here: no gradients.
@@ -179,7 +231,8 @@ def trace(
     last = frozenset(
         name for name, mine in returned.items() if any(_same_storage(mine, out) for out in outputs)
     )
-    return Trace(found, last, counter.get_total_flops() / 2 / few.size)
+    read = frozenset(reads.found)
+    return Trace(found, last, read, counter.get_total_flops() / 2 / few.size)
 
 
 def _same_storage(a: Tensor, b: Tensor) -> bool:

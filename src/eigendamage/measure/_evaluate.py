@@ -97,6 +97,7 @@ def evaluate(
         DataError: if there is no example, or none of which a position counts.
         NonFiniteError: if an input or the model's output holds a NaN or an infinity.
         LayerError: if the model fails on a batch.
+        MismatchError: if the reference's output has another shape.
     """
     models = [model] if reference is None else [reference, model]
     return evaluate_together(

@@ -64,7 +64,10 @@ class Budget(BaseModel):
                 macs=macs, params=params, bytes=bytes, latency=latency, loss=loss, ratio=ratio
             )
         except ValidationError as error:
-            raise BudgetError(f"a budget is made of numbers: {error}") from error
+            found = error.errors()[0]
+            raise BudgetError(
+                f"a budget is made of numbers: {found['loc'][0]} is {found['input']!r}"
+            ) from error
         given = self.given
         if not given:
             raise BudgetError(

@@ -85,5 +85,6 @@ class Truth(Frozen):
         return (
             f"the measured divergence is {self.factor:.1f} times the predicted one, above the "
             f"{TRUST:g} up to which predictions are trusted: at this budget layers disturb one "
-            f"another in ways that prices do not see. A milder budget, or rounds=2, is safer"
+            f"another in ways that prices do not see. A milder budget is safer, or more rounds "
+            f"(rounds=)"
         )

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from eigendamage.errors import EigenDamageError, FileFormatError
+from eigendamage.files import save_tensors
 from eigendamage.layers import saved_tensors
 from eigendamage.saving._describe import is_dense, is_masked
 from eigendamage.saving._structure import Structure
@@ -35,7 +35,7 @@ def write_weights(model: nn.Module, ties: Mapping[str, str], path: Path) -> None
             tensors[name] = flat.clone() if at in storages else flat
             storages.add(at)
     try:
-        save_file(tensors, path, metadata={"format": "pt"})
+        save_tensors(tensors, path, metadata={"format": "pt"})
     except (KeyError, ValueError) as error:
         raise EigenDamageError(f"the weights cannot be saved as safetensors: {error}") from error
 

@@ -86,7 +86,8 @@ def finetune(
         DataError: if the data is empty, of unknown length, or cannot be divided; if it has no
             labels and there is no original; if no position of it, or of what is held out, counts.
         LossError: if the original cannot be distilled by this loss.
-        MismatchError: if the checkpoint is of another run.
+        MismatchError: if the checkpoint is of another run, or the original's output has another
+            shape.
         NonFiniteError: if the loss becomes NaN or infinite.
         ProcessError: if training fails in one of several processes.
         EigenDamageError: if no parameter can be trained, or a field of the config is wrong.
