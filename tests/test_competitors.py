@@ -10,6 +10,7 @@ from types import ModuleType
 import pytest
 import torch
 
+import eigendamage as ed
 from eigendamage import zoo
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -67,3 +68,23 @@ def test_a_shortcut_that_has_learned_is_no_choice_of_channels(competitors: Modul
         convolved.layer2[0].shortcut.conv.weight += 0.1
     with pytest.raises(ValueError, match="more than copy"):
         competitors.with_indexed_shortcuts(convolved)
+
+
+@pytest.mark.parametrize("name", ["Tucker-2", "SVD"])
+def test_low_rank_competitors_use_their_budget_and_leave_the_first_convolution_whole(
+    competitors: ModuleType, name: str
+) -> None:
+    torch.manual_seed(0)
+    model, x = zoo.resnet20(width=8).eval(), torch.randn(1, 3, 16, 16)
+    small = competitors.competitors(model, x, [], {})[name](0.5)
+    left = ed.count(small, x).macs / ed.count(model, x).macs
+    assert 0.48 < left <= 0.5
+    assert torch.equal(small.conv1.weight, model.conv1.weight)
+    assert isinstance(small.layer1[0].conv1, torch.nn.Sequential)
+
+
+def test_ranks_of_many_layers_do_not_all_round_alike(competitors: ModuleType) -> None:
+    ranks = [competitors.rank_of(10, 0.55, index) for index in range(100)]
+    assert set(ranks) == {5, 6}
+    assert sum(ranks) == pytest.approx(550, abs=3)
+    assert competitors.rank_of(10, 0.0, 0) == 1
