@@ -558,7 +558,7 @@ def test_faulty_eval_data_is_refused_before_the_work(eval_data: list[Tensor], sa
         def __iter__(self) -> Iterator[Tensor]:
             return never()
 
-    with pytest.raises(ed.DataError, match=said):
+    with pytest.raises(ed.EigenDamageError, match=said):
         ed.compress(
             _network(),
             Unread(),  # type: ignore[arg-type]

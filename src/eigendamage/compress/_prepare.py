@@ -24,7 +24,7 @@ from eigendamage.curvature import (
     loss_name,
 )
 from eigendamage.distributed import decided
-from eigendamage.errors import ChannelError, DataError, EigenDamageError, LossError, MismatchError
+from eigendamage.errors import ChannelError, EigenDamageError, LossError, MismatchError
 from eigendamage.layers import ON_REQUEST, find_layers, require_copyable
 from eigendamage.measure import evaluate, measure_latency_table
 from eigendamage.plan import (
@@ -57,7 +57,7 @@ def require_measurable(model: nn.Module, eval_data: Data, options: Options) -> N
     """Measure the original on the first examples of what the result is measured on in the end.
 
     Raises:
-        DataError: if that fails, so that it does so before all the work and not after it.
+        EigenDamageError: if that fails, so that it does so before all the work and not after it.
     """
     try:
         evaluate(
@@ -69,7 +69,8 @@ def require_measurable(model: nn.Module, eval_data: Data, options: Options) -> N
             progress=False,
         )
     except EigenDamageError as error:
-        raise DataError(f"eval_data: {error}") from error
+        error.args = (f"eval_data: {error}",)
+        raise
 
 
 @dataclass(frozen=True, eq=False)
