@@ -56,14 +56,15 @@ def sizes_against(budget: Budget, before: Count, after: Count) -> Iterator[str]:
         left = now / was
         if left > fraction * (1 + _COUNTED):
             yield (
-                f"the model has {left:.4g} of the {unit}, above the budget of {fraction:g}: it "
-                f"reads the weight of a factored layer outside that layer's forward, which "
-                f"multiplies its stages each time; leave that layer alone with ignore="
+                f"the model has {left:.4g} of the {unit}, above the budget of {fraction:g} that "
+                f"its plan is within: most likely it reads the weight of a factored layer outside "
+                f"that layer's forward, which multiplies the stages each time; leave that layer "
+                f"alone with ignore="
             )
         elif left < _FAR_BELOW * fraction and len(budget.given) == 1:
             yield (
                 f"the model has {left:.3g} of the {unit}, far below the budget of {fraction:g}: "
-                f"there is no choice between, as units of equal price go together"
+                f"no choice between was found, as units of equal price go together"
             )
 
 
