@@ -107,7 +107,8 @@ def report_of(
     batch = Batches(data, device_of(model), ready.options.max_examples).peek()
     unseen = [*padding(versions[-1])]
     if all(layer.action.kind != "mask" for layer in plan.layers.values()):
-        unseen += sizes_against(budget, count(model, data), sizes[1])
+        began = sizes[0] if model is beside.original else count(model, data)
+        unseen += sizes_against(budget, began, sizes[1])
     changed = any(each.changed for each in (*beside.plans, *(shot.plan for shot in chain)))
     if changed and isinstance(settings.loss, str):  # a function is given all outputs
         unseen += other_outputs(beside.original, versions[-1], batch)
