@@ -10,7 +10,7 @@ from eigendamage.curvature._head import Fisher
 from eigendamage.curvature._layer import EigenvalueKind, LayerCurvature
 from eigendamage.curvature._merge import merge_layers
 from eigendamage.errors import MismatchError
-from eigendamage.layers import ChannelGraph
+from eigendamage.layers import ChannelGraph, Sketch
 
 Extra = Literal["patches", "gradients", "channels"]
 """What a curvature can hold beside S, A and λ; see `estimate_curvature`."""
@@ -33,6 +33,7 @@ class Curvature(Mapping[str, LayerCurvature]):
         kind: ``ekfac`` if the eigenvalues are λ, ``kfac`` if they are Λ_S Λ_A.
         extras: what else was estimated; see `estimate_curvature`.
         channels: which channels can go together, if that was wished for.
+        sketches: a few numbers of each layer's weight, by which those of another model are told.
     """
 
     layers: Mapping[str, LayerCurvature]
@@ -46,6 +47,7 @@ class Curvature(Mapping[str, LayerCurvature]):
     kind: EigenvalueKind = "ekfac"
     extras: tuple[Extra, ...] = ()
     channels: ChannelGraph | None = None
+    sketches: Mapping[str, Sketch | None] = field(default_factory=dict[str, Sketch | None])
 
     def __repr__(self) -> str:
         extras = f", with {', '.join(self.extras)}" if self.extras else ""

@@ -28,7 +28,7 @@ from eigendamage.curvature._sinks import PatchWish
 from eigendamage.curvature._survey import Survey, survey
 from eigendamage.distributed import decided, mark_of, one_fate, require_same
 from eigendamage.errors import EigenDamageError, MismatchError, NonFiniteError
-from eigendamage.layers import Layer, find_channels
+from eigendamage.layers import Layer, find_channels, require_known, sketch_of
 from eigendamage.seeds import check_seed
 
 
@@ -183,6 +183,7 @@ def estimate_curvature(
         kind=eigenvalues,
         extras=extras,
         channels=graph,
+        sketches={layer.name: sketch_of(layer.weight()) for layer in surveyed.layers.values()},
     )
 
 
@@ -250,3 +251,4 @@ def _refuse_other_model(
                 f"layer '{name}' has a weight of shape {expected} (o, i, K), but the curvature "
                 f"given is for {tuple(basis[name].eigenvalues.shape)}"
             )
+        require_known(layer, basis.sketches.get(name), "curvature")

@@ -17,7 +17,7 @@ from eigendamage.curvature._head import Fisher
 from eigendamage.curvature._layer import EigenvalueKind, LayerCurvature
 from eigendamage.errors import FileFormatError, MissingFileError
 from eigendamage.files import parsed, save_tensors, written_beside
-from eigendamage.layers import ChannelGraph, LayerShape
+from eigendamage.layers import ChannelGraph, LayerShape, Sketch
 
 _FORMAT = "eigendamage.curvature"
 _VERSION = 1
@@ -61,6 +61,7 @@ class _Header(BaseModel):
     kind: EigenvalueKind
     extras: tuple[Extra, ...]
     channels: ChannelGraph | None
+    sketches: dict[str, Sketch | None] = {}
 
 
 def save_curvature(curvature: Curvature, path: str | Path) -> None:
@@ -93,6 +94,7 @@ def save_curvature(curvature: Curvature, path: str | Path) -> None:
         kind=curvature.kind,
         extras=curvature.extras,
         channels=curvature.channels,
+        sketches=dict(curvature.sketches),
     )
     with written_beside(path) as beside:
         save_tensors(tensors, beside, metadata={"curvature": header.model_dump_json()})

@@ -19,6 +19,7 @@ from eigendamage.layers._origin import (
     saved_tensors,
     set_origin,
 )
+from eigendamage.layers._sketch import Sketch, require_known, sketch_of
 from eigendamage.layers._slicing import (
     Kept,
     Sides,
@@ -59,6 +60,7 @@ __all__ = [
     "Origin",
     "Port",
     "Sides",
+    "Sketch",
     "Sum",
     "Trace",
     "balance",
@@ -79,11 +81,13 @@ __all__ = [
     "recounted_origin",
     "remove_units",
     "require_copyable",
+    "require_known",
     "reshaped_origin",
     "saved_tensors",
     "set_following",
     "set_origin",
     "sides",
+    "sketch_of",
     "slice_channels",
     "trace",
     "zero_inputs",

@@ -10,6 +10,7 @@ from torch import nn
 from eigendamage.curvature import Curvature, EigenvalueKind
 from eigendamage.distributed import from_first, one_fate
 from eigendamage.errors import DataError, EigenDamageError, MismatchError
+from eigendamage.layers import sketch_of
 from eigendamage.plan._auto import plan_auto
 from eigendamage.plan._blocks import FormChoice, plan_blocks
 from eigendamage.plan._budget import Budget, cost_of
@@ -18,7 +19,7 @@ from eigendamage.plan._channels import RankBy, plan_channels, ranked_per
 from eigendamage.plan._checks import check_options, check_refine, refuse_options_of_auto
 from eigendamage.plan._latency import LatencyTable
 from eigendamage.plan._market import AutoOptions
-from eigendamage.plan._matching import ignored_layers, matching_layers
+from eigendamage.plan._matching import ignored_layers, matching_layers, notes_on_movement
 from eigendamage.plan._menus import (
     ACTIONS,
     ActionKind,
@@ -226,6 +227,7 @@ def _plan(task: Task, method: str, variant: str | None, result: Result) -> Plan:
             action=result.actions.get(name) or Keep(reason=result.kept[name]),
             price=result.prices.get(name, 0.0),
             shape=(layer.outputs, layer.inputs, layer.offsets),
+            sketch=sketch_of(layer.weight()),
             macs=(before.macs, after.macs),
             parameters=(before.parameters, after.parameters),
             calibrated=result.calibrated.get(name),
@@ -244,5 +246,8 @@ def _plan(task: Task, method: str, variant: str | None, result: Result) -> Plan:
         parameters=(task.total.parameters, result.left.parameters),
         bytes=(task.total.bytes, result.left.bytes),
         gap=result.gap,
-        notes=result.notes if result.changes else (nothing,),
+        notes=(
+            *(result.notes if result.changes else (nothing,)),
+            *notes_on_movement(task.layers, task.curvature),
+        ),
     )

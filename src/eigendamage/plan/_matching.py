@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from fnmatch import fnmatchcase
 
@@ -11,16 +11,17 @@ from torch import Tensor, nn
 
 from eigendamage.curvature import Curvature, LayerCurvature
 from eigendamage.errors import EigenDamageError, MismatchError, NonFiniteError
-from eigendamage.layers import ON_REQUEST, Layer, find_layers
+from eigendamage.layers import ON_REQUEST, Layer, find_layers, require_known
 
 _ROUNDED = 1e-3  # as a file's bases may be off
+_TELLING = 0.02  # of a weight's norm; rounding to bfloat16 is a tenth of it
 
 
 def matching_layers(model: nn.Module, curvature: Curvature) -> dict[str, Layer]:
     """The model's layers that the curvature is of.
 
     Raises:
-        MismatchError: if one is missing or has another shape.
+        MismatchError: if one is missing, or has another shape or weights of another model.
         NonFiniteError: if the curvature of one is not finite, or its bases are none.
     """
     found = find_layers(model)
@@ -38,7 +39,26 @@ def matching_layers(model: nn.Module, curvature: Curvature) -> dict[str, Layer]:
             )
         _require_numbers(name, known)
         layers[name] = layer
+    for name, layer in layers.items():
+        require_known(layer, curvature.sketches.get(name), "curvature")
     return layers
+
+
+def notes_on_movement(layers: Mapping[str, Layer], curvature: Curvature) -> tuple[str, ...]:
+    """What a user should know where weights have moved since their curvature was estimated."""
+    moved = {
+        name: require_known(layer, curvature.sketches.get(name), "curvature")
+        for name, layer in layers.items()
+    }
+    most = max(moved, key=moved.__getitem__)
+    if moved[most] < _TELLING:
+        return ()
+    count = sum(distance >= _TELLING for distance in moved.values())
+    return (
+        f"the weights of {count} of {len(moved)} layers have changed since the curvature was "
+        f"estimated, most in '{most}', by about {moved[most]:.0%} of their norm: prices are those "
+        f"of the model as it was; estimate the curvature again for others",
+    )
 
 
 def _require_numbers(name: str, known: LayerCurvature) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from eigendamage.errors import MismatchError
 from eigendamage.files import Document, Frozen
-from eigendamage.layers import DenseForm
+from eigendamage.layers import DenseForm, Sketch
 from eigendamage.plan._budget import Budget, Unit
 
 PLAN_VERSION = 1
@@ -202,6 +202,7 @@ class LayerPlan(Frozen):
         price: expected rise of the mean loss per example (nats for cross-entropy); None where the
             method's measure is not a rise of the loss.
         shape: (o, i, K) of the weight, to recognise the layer.
+        sketch: a few numbers of the weight, to tell it from that of another model.
         macs: multiply-accumulates of one example before and after.
         parameters: parameters before and after.
         calibrated: the price, corrected by what the layer was measured to cost alone.
@@ -213,6 +214,7 @@ class LayerPlan(Frozen):
     macs: tuple[Amount, Amount]
     parameters: tuple[int, int]
     calibrated: Amount | None = None
+    sketch: Sketch | None = None
 
     @property
     def changes(self) -> bool:

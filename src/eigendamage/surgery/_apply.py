@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -17,6 +17,7 @@ from eigendamage.layers import (
     find_layers,
     fused_calls,
     recounted_origin,
+    require_known,
     reshaped_origin,
     set_following,
     set_origin,
@@ -54,15 +55,10 @@ def apply_plan(model: nn.Module, plan: Plan, curvature: Curvature) -> nn.Module:
 
     Raises:
         MismatchError: if the plan names a layer that the model or the curvature has not, or that
-            has another shape there.
+            has another shape there, or weights of another model.
     """
     found = find_layers(model).compressible
-    for name, layer_plan in plan.layers.items():
-        _check(name, layer_plan, found.get(name), curvature)
-    for name, carrier in plan.carriers.items():
-        _check_carrier(model, name, carrier)
-    for counter in plan.counters:
-        _check_counter(model, counter)
+    _require_fit(model, found, plan, curvature)
     # Replaced modules are built from the original: no need to copy their weights first.
     replaced: dict[int, nn.Module] = {}
     for name, layer_plan in plan.layers.items():
@@ -108,6 +104,25 @@ def _origin(layer: Layer, action: Action) -> Origin:
     if isinstance(action, Channels):
         return reshaped_origin(layer.module, outputs=action.outputs, inputs=action.inputs)
     return reshaped_origin(layer.module)
+
+
+def _require_fit(
+    model: nn.Module, found: Mapping[str, Layer], plan: Plan, curvature: Curvature
+) -> None:
+    """Refuse a plan or a curvature of another model: by shapes first, which say more, then weights.
+
+    Raises:
+        MismatchError: naming the first layer that does not fit.
+    """
+    for name, layer_plan in plan.layers.items():
+        _check(name, layer_plan, found.get(name), curvature)
+    for name, carrier in plan.carriers.items():
+        _check_carrier(model, name, carrier)
+    for counter in plan.counters:
+        _check_counter(model, counter)
+    for name in plan.changed:
+        require_known(found[name], plan.layers[name].sketch, "plan")
+        require_known(found[name], curvature.sketches.get(name), "curvature")
 
 
 def _check(name: str, planned: LayerPlan, layer: Layer | None, curvature: Curvature) -> None:

@@ -1,0 +1,114 @@
+"""Curvatures and plans know the weights that they are of, not their shapes alone."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import eigendamage as ed
+from eigendamage.curvature import Curvature, estimate_curvature, load_curvature, save_curvature
+from eigendamage.errors import MismatchError
+from eigendamage.layers import require_known, sketch_of
+from eigendamage.layers._find import find_layers
+from eigendamage.plan import Budget, Plan, make_plan
+from eigendamage.surgery import apply_plan
+
+
+def _network(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    layers = (nn.Conv2d(3, 12, 3, padding=1), nn.ReLU(), nn.Conv2d(12, 12, 3, padding=1))
+    return nn.Sequential(
+        *layers, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 5)
+    )
+
+
+def _curvature(model: nn.Module) -> Curvature:
+    images = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    return estimate_curvature(model, [images], also=("patches",), progress=False)
+
+
+def _moved(model: nn.Module, by: float) -> nn.Module:
+    """The model with each weight moved by a fraction of its norm."""
+    other = copy.deepcopy(model)
+    draws = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for weight in other.parameters():
+            step = torch.randn(weight.shape, generator=draws)
+            weight.add_(step, alpha=float(by * weight.norm() / step.norm()))
+    return other
+
+
+@pytest.mark.parametrize("method", ["auto", "eigendamage"])
+def test_a_curvature_of_another_model_with_the_same_shapes_is_refused(method: str) -> None:
+    curvature = _curvature(_network(0))
+    with pytest.raises(MismatchError, match=r"layer '0'.*other weights.*another model"):
+        make_plan(_network(1), curvature, Budget(macs=0.6), method=method, progress=False)
+
+
+def test_so_is_a_plan_and_with_it_a_curvature_that_fits(tmp_path: Path) -> None:
+    model, other = _network(0), _network(1)
+    mine, its = _curvature(model), _curvature(other)
+    make_plan(model, mine, Budget(macs=0.6), progress=False).save(tmp_path / "plan.json")
+    plan = Plan.load(tmp_path / "plan.json")
+    assert isinstance(apply_plan(model, plan, mine), nn.Module)
+    with pytest.raises(MismatchError, match="the shape that the plan is for"):
+        apply_plan(other, plan, its)
+    with pytest.raises(MismatchError, match="the shape that the curvature is for"):
+        apply_plan(model, plan, its)
+
+
+def test_a_saved_curvature_keeps_knowing(tmp_path: Path) -> None:
+    curvature = _curvature(_network(0))
+    save_curvature(curvature, tmp_path / "curvature.safetensors")
+    loaded = load_curvature(tmp_path / "curvature.safetensors")
+    assert loaded.sketches == curvature.sketches
+    with pytest.raises(MismatchError, match="other weights"):
+        make_plan(_network(1), loaded, Budget(macs=0.6), progress=False)
+
+
+def test_a_basis_of_another_model_is_refused() -> None:
+    images = [torch.randn(4, 3, 8, 8)]
+    with pytest.raises(MismatchError, match="layer '0'"):
+        estimate_curvature(_network(1), images, basis=_curvature(_network(0)), progress=False)
+
+
+def test_weights_that_moved_a_little_are_taken_and_told_of() -> None:
+    model = _network(0)
+    curvature = _curvature(model)
+    near = make_plan(_moved(model, 0.2), curvature, Budget(macs=0.6), progress=False)
+    (note,) = [note for note in near.notes if "have changed since" in note]
+    assert "3 of 3 layers" in note
+    for same in (model, copy.deepcopy(model).double(), copy.deepcopy(model).bfloat16().float()):
+        plan = make_plan(same, curvature, Budget(macs=0.6), progress=False)
+        assert not any("have changed since" in note for note in plan.notes)
+
+
+def test_compress_refuses_it_before_it_calibrates() -> None:
+    model = _network(1)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    images = [torch.randn(8, 3, 8, 8)]
+    with pytest.raises(MismatchError, match="another model"):
+        ed.compress(model, images, budget=ed.Budget(macs=0.6), curvature=_curvature(_network(0)))
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (4, 3, 1), (16, 3, 9), (64, 64, 9)])
+@pytest.mark.parametrize("seed", range(5))
+def test_the_distance_is_near_to_the_true_one(shape: tuple[int, int, int], seed: int) -> None:
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Conv2d(shape[1], shape[0], round(shape[2] ** 0.5)))
+    moved = _moved(model, 0.2)
+    (layer,) = find_layers(moved).compressible.values()
+    (before,) = find_layers(model).compressible.values()
+    distance = require_known(layer, sketch_of(before.weight()), "curvature")
+    true = float((layer.weight() - before.weight()).norm() / before.weight().norm())
+    assert 0.4 * true < distance < 1.8 * true
+
+
+def test_weights_too_large_for_a_norm_have_no_sketch() -> None:
+    assert sketch_of(torch.full((4, 4, 1), 3e38)) is None
+    assert sketch_of(torch.zeros(4, 4, 1)) == (0.0,) * 17
