@@ -538,3 +538,14 @@ def test_weights_beside_the_onnx_file(tmp_path: Path, monkeypatch: pytest.Monkey
     x = torch.randn(7, 64)
     found = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
     torch.testing.assert_close(torch.from_numpy(found), model(x), atol=1e-5, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore:.*script_method.*:DeprecationWarning")  # torch's own
+def test_of_a_compiled_model_the_original_is_written(tmp_path: Path) -> None:
+    model = CASES["fc"].model().float().eval()
+    x = CASES["fc"].data(4)[0].float()
+    compiled = torch.compile(model)
+    assert isinstance(compiled, nn.Module)
+    written = _export(compiled, tmp_path / "model.pt2", x, format="torch.export")
+    assert written.batch is None
+    assert written.max_difference < 1e-6

@@ -171,7 +171,7 @@ def _polished(
     if after > _TOLERATED * before:
         ready.notes.append(
             f"the polish was left out: on held-out inputs it raised the divergence from "
-            f"{before:.3g} to {after:.3g}; lower its learning rate, or give more data"
+            f"{before:.3g} by {after - before:.2g}; lower its learning rate, or give more data"
         )
         return None, TrainingReport.of(done)
     return learned, TrainingReport.of(done)

@@ -75,15 +75,15 @@ def split(data: Data, device: torch.device, max_examples: int | None) -> Parts:
     whole = len(first) >= _FEWEST
     if not whole and not all(batch.divisible for batch in first):
         raise DataError(
-            f"a part of the data is held out to judge the repair by, but there are only "
-            f"{len(first)} batches of several tensors each, which cannot be cut; give at least "
-            f"{_FEWEST} batches, or repair=False and calibrate=False"
+            f"a part of the data is held out to judge the repair by, which takes at least "
+            f"{_FEWEST} batches where they are of several tensors each and cannot be cut; the data "
+            f"has {len(first)}. Give more, or repair=False and calibrate=False"
         )
     if not whole and all(batch.size < 2 for batch in first):
         raise DataError(
-            f"a part of the data is held out to judge the repair by, but there are only "
-            f"{len(first)} batches of one example; give at least {_FEWEST}, or larger ones, "
-            f"or repair=False and calibrate=False"
+            f"a part of the data is held out to judge the repair by, which takes at least "
+            f"{_FEWEST} batches of one example, or larger ones; the data has {len(first)}. Give "
+            f"more, or repair=False and calibrate=False"
         )
     again = next(iter(batches))
     return Parts(

@@ -185,7 +185,7 @@ def built(original: nn.Module, source: Source, plan: Plan, settings: Settings) -
     if before is not None and after is not None and after > before:
         note = (
             f"the repair was left out: on held-out inputs it raised the divergence from "
-            f"{before:.3g} to {after:.3g}"
+            f"{before:.3g} by {after - before:.2g}"
         )
         return Built(source, plan, cut, cut, None, outputs, notes=(note,))
     return Built(source, plan, cut, model, repairs, outputs)

@@ -104,7 +104,8 @@ def export(
     ONNX is run in onnxruntime. Only then it gets its name.
 
     Args:
-        model: any model that ``torch.export`` can trace; as it was afterwards.
+        model: any model that ``torch.export`` can trace; as it was afterwards. Of one that
+            ``torch.compile`` returned the original is written.
         path: the file to write; of ``format="plain"`` a folder, made if it is not there.
         example: data as everywhere in this library; its first batch is run. Inputs keep its sizes
             but for the batch. What is not a tensor in it becomes a constant.
@@ -128,6 +129,7 @@ def export(
     if format not in get_args(Format):
         known = ", ".join(map(repr, get_args(Format)))
         raise ExportError(f"format is {format!r}; expected one of {known}")
+    model = getattr(model, "_orig_mod", model)
     final = Path(path)
     _require_place(final, is_folder=format == "plain")
     if format == "onnx":
