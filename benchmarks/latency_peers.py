@@ -1,13 +1,14 @@
-"""Accuracy against measured milliseconds: ours by MACs and by latency, beside Torch-Pruning.
+"""Accuracy against measured milliseconds: ours by MACs and by latency, beside others.
 
 The candidates of one network are made first and then timed together, taking turns, in every way of
 running them: eager, channels_last, torch.compile and onnxruntime, at batches of 1 and 64. Batch
 norm's statistics are measured again for all but the repaired ones. Accuracy is
 that on the test split. Torch-Pruning's shortcuts are timed as choices of channels, not as the
 convolutions that stand for them while it prunes. Both are asked for widths of any number and for
-multiples of 8. With ``--epochs`` those that ``--train`` names are then fine-tuned as in peers.py,
-whose result is taken where it has trained the same candidate. On a machine that does nothing else
-from when the script says so until it says that the times are taken, run
+multiples of 8; plain Tucker-2 is there too, with ranks of any number. With ``--epochs`` those that
+``--train`` names are then fine-tuned as in peers.py, whose result is taken where it has trained the
+same candidate. On a machine that does nothing else from when the script says so until it says that
+the times are taken, run
 
     python benchmarks/latency_peers.py
     python benchmarks/latency_peers.py --network NETWORK --data DATA --weights WEIGHTS
@@ -41,6 +42,7 @@ from eigendamage.measure._timing import samples_of
 
 EXAMPLES = 2000
 OTHERS = ("Torch-Pruning GroupTaylor, global", "Torch-Pruning GroupTaylor, inner")
+LOW_RANK = "Tucker-2"  # whose ranks are not asked for in multiples
 COMMAND = "python benchmarks/latency_peers.py --network NETWORK --data DATA --weights WEIGHTS"
 ROUNDS = 31
 KEYS = ("network", "seed", "candidate")
@@ -87,9 +89,11 @@ def candidates(given: argparse.Namespace, model: nn.Module) -> dict[str, nn.Modu
         if multiple == 1:
             name = f"auto, channels alone{end}"
             found[name] = ours(name, macs, actions=("channels",))
-        for name in OTHERS:
+        options: dict[str, Any] = {} if multiple == 1 else {"multiple": multiple}
+        for name in OTHERS if options else (*OTHERS, LOW_RANK):
+            print(f"making {name}{end}", flush=True)
             try:
-                small = others[name](budget, multiple=multiple)
+                small = others[name](budget, **options)
             except ValueError as error:
                 found[f"{name}{end}"] = str(error)
                 continue

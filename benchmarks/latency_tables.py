@@ -127,6 +127,7 @@ _STYLES: dict[str, dict[str, Any]] = {
     "Torch-Pruning GroupTaylor, global, multiples of 8": {"color": "#b5403a", **_OF_8},
     "Torch-Pruning GroupTaylor, inner": {"color": "#2f6db3", "marker": "o"},
     "Torch-Pruning GroupTaylor, inner, multiples of 8": {"color": "#2f6db3", **_OF_8},
+    "Tucker-2": {"color": "#808080", "marker": "v"},
 }
 
 

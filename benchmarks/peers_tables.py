@@ -262,8 +262,8 @@ _STYLES: dict[str, dict[str, Any]] = {
     "ours, eigendamage": {"color": "#2b8a4f", "linestyle": (0, (1, 1))},
     "Torch-Pruning GroupTaylor, global": {"color": "#b5403a"},
     "Torch-Pruning GroupTaylor, inner": {"color": "#b5403a", "linestyle": (0, (3, 1, 1, 1))},
-    "Torch-Pruning GroupMagnitude, global": {"color": "#b5403a", "linestyle": (0, (4, 2))},
-    "Torch-Pruning Hessian, global": {"color": "#b5403a", "linestyle": (0, (1, 1))},
+    "Torch-Pruning GroupMagnitude, inner": {"color": "#b5403a", "linestyle": (0, (4, 2))},
+    "Torch-Pruning Hessian, inner": {"color": "#b5403a", "linestyle": (0, (1, 1))},
     "input-whitened SVD": {"color": "#2f6db3"},
     "Tucker-2": {"color": "#2f6db3", "linestyle": (0, (4, 2))},
 }

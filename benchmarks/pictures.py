@@ -230,7 +230,8 @@ PICTURES: dict[str, Picture] = {
         "peers.json",
         Path("docs/images/peers.svg"),
         "Two panels of accuracy over the fraction of MACs left, without training and after two "
-        "epochs, for three of our methods, three of Torch-Pruning's, SVD and Tucker-2.",
+        "epochs, for four of our methods, four of Torch-Pruning's, input-whitened SVD and "
+        "Tucker-2.",
         peers_tables.points,
         peers_tables.panels,
     ),
@@ -238,8 +239,8 @@ PICTURES: dict[str, Picture] = {
         "latency_peers.json",
         Path("docs/images/latency.svg"),
         "Two panels of accuracy without training over the time of a call, at a batch of 1 and of "
-        "64: auto by MACs, by latency and with channels alone, and Torch-Pruning's GroupTaylor "
-        "over all channels and over inner ones.",
+        "64: auto by MACs, by latency and with channels alone, Torch-Pruning's GroupTaylor "
+        "over all channels and over inner ones, and Tucker-2.",
         latency_tables.points,
         latency_tables.panels,
     ),
