@@ -19,12 +19,16 @@ TOKEN_KEYS = ("input_ids", "attention_mask", "token_type_ids")
 
 @dataclass(frozen=True)
 class Batch:
-    """One call of the model: its arguments, the targets if any, and how many examples it holds."""
+    """One call of the model: its arguments, the targets if any, and how many examples it holds.
+
+    Its index among the batches of the data is there for messages, where it is known.
+    """
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     target: Tensor | None
     size: int
+    index: int | None = None
 
     @property
     def divisible(self) -> bool:
@@ -66,6 +70,7 @@ class Batch:
             {k: map_tensors(v, move) for k, v in self.kwargs.items()},
             None if self.target is None else move(self.target),
             self.size,
+            self.index,
         )
 
     def part(self, start: int, stop: int) -> Batch:
@@ -79,12 +84,18 @@ class Batch:
             {k: map_tensors(v, cut) for k, v in self.kwargs.items()},
             None if self.target is None else self.target[start:stop],
             stop - start,
+            self.index,
         )
 
     def shapes(self) -> str:
         """The shapes of its inputs, for messages."""
         found = tensors_in([*self.args, *self.kwargs.values()])
         return ", ".join(str(tuple(t.shape)) for t in found)
+
+    def told(self) -> str:
+        """Which it is, and the shapes of its inputs, for messages."""
+        which = "" if self.index is None else f" (batch {self.index})"
+        return f"inputs of shape {self.shapes()}{which}"
 
 
 def as_batch(raw: object, index: int, device: torch.device) -> Batch:
@@ -128,6 +139,7 @@ def as_batch(raw: object, index: int, device: torch.device) -> Batch:
         moved = x.detach().to(device, non_blocking=True)
         return moved.clone() if moved.is_inference() else moved
 
+    _refuse_without_values(args, kwargs, index)
     args = tuple(map_tensors(a, move) for a in args)
     kwargs = {k: map_tensors(v, move) for k, v in kwargs.items()}
     if target is not None and not isinstance(target, Tensor):
@@ -145,7 +157,7 @@ def as_batch(raw: object, index: int, device: torch.device) -> Batch:
             f"the first axis of both must be the batch"
         )
     _refuse_non_finite(args, kwargs, index)
-    return Batch(args, kwargs, moved_target, size)
+    return Batch(args, kwargs, moved_target, size, index)
 
 
 def map_tensors(item: Any, function: Callable[[Tensor], Tensor]) -> Any:
@@ -171,6 +183,16 @@ def tensors_in(item: Any) -> list[Tensor]:
 
     map_tensors(item, keep)
     return found
+
+
+def _refuse_without_values(args: tuple[Any, ...], kwargs: Mapping[str, Any], index: int) -> None:
+    for tensor in tensors_in([*args, *kwargs.values()]):
+        if tensor.is_meta or tensor.is_nested or tensor.layout is not torch.strided:
+            what = "on the meta device" if tensor.is_meta else f"{tensor.layout}, not plain"
+            raise DataError(
+                f"batch {index} holds a tensor that is {what}; give dense tensors with values "
+                f"(to_dense(), or padding and an attention_mask)"
+            )
 
 
 def _batch_size(args: tuple[Any, ...], kwargs: Mapping[str, Any], index: int) -> int:

@@ -39,7 +39,7 @@ class Batches:
     def __init__(self, data: Data, device: torch.device, limit: int | None = None) -> None:
         if limit is not None and limit < 1:
             raise DataError(f"max_examples is {limit}; at least one example is needed")
-        source = iterable_of(data)
+        source = iterable_of(kept(data, limit))
         self._source = Repeated(source) if isinstance(source, DataLoader) else source
         self._device = device
         self._limit = limit
@@ -105,13 +105,29 @@ def numbered(source: Iterable[Any]) -> Iterator[tuple[int, Any]]:
         yield index, raw
 
 
-def kept(data: D) -> D | list[Any]:
+def kept(data: D, limit: int | None = None) -> D | list[Any]:
     """The batches of a one-shot iterator as a list; anything else as it is.
 
+    Args:
+        data: what a user calls data.
+        limit: examples after which no more batches are drawn, of which there may be no end.
+
     Raises:
-        DataError: as `numbered`.
+        DataError: as `numbered`, and with a limit where a batch has a form that is not known.
+        NonFiniteError: with a limit, where an input holds a NaN or an infinity.
     """
-    return [raw for _, raw in numbered(data)] if isinstance(data, Iterator) else data
+    if not isinstance(data, Iterator):
+        return data
+    found: list[Any] = []
+    seen = 0
+    for index, raw in numbered(data):
+        found.append(raw)
+        if limit is not None:
+            batch = raw if isinstance(raw, Batch) else as_batch(raw, index, torch.device("cpu"))
+            seen += batch.size
+            if seen >= limit:
+                break
+    return found
 
 
 def iterable_of(data: Data) -> Iterable[Any]:

@@ -49,7 +49,7 @@ def _needed(parameter: inspect.Parameter) -> bool:
     return parameter.default is parameter.empty and parameter.kind not in packed
 
 
-def first_call(model: nn.Module, batch: Batch) -> Any:
+def tried_call(model: nn.Module, batch: Batch) -> Any:
     """The model's raw output on a batch that it may not fit.
 
     Raises:
@@ -57,15 +57,16 @@ def first_call(model: nn.Module, batch: Batch) -> Any:
     """
     try:
         return call(model, batch)
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, TypeError, AttributeError, LookupError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         if isinstance(error, LookupError):  # which says no more than the key
             reason = f"{type(error).__name__}: {reason}"
         pair = "" if batch.target is None else " (the second of a pair is taken for labels)"
         raise DataError(
-            f"the model cannot run on inputs of shape {batch.shapes()}: {reason}. Give batches of "
-            f"the form that the model takes{pair}; several inputs as a dict by the names that its "
-            f"forward has"
+            f"the model cannot run on {batch.told()}: {reason}. Give batches of the form that the "
+            f"model takes{pair}; several inputs as a dict by the names that its forward has"
         ) from error
 
 
@@ -154,12 +155,18 @@ def _finite(item: object) -> bool:
     return all(bool(torch.isfinite(t).all()) for t in tensors_in(item) if t.is_floating_point())
 
 
+def _require_module(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise EigenDamageError(f"a torch.nn.Module was expected, found {type(model).__name__}")
+
+
 def require_gradients_possible(model: nn.Module) -> None:
     """Refuse a model with tensors that autograd takes no part of.
 
     Raises:
-        EigenDamageError: naming the first.
+        EigenDamageError: naming the first; or if it is no module.
     """
+    _require_module(model)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if not is_lazy(tensor) and tensor.is_inference():
             raise EigenDamageError(
@@ -177,10 +184,11 @@ def cannot_run(model: nn.Module, batch: Batch, error: RuntimeError) -> LayerErro
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     return LayerError(
         name or type(model).__name__,
-        f"it fails on a batch of {batch.size} examples: {reason}. A layer that runs for some "
-        f"batches only (by their size, say) may not have run on the first, where channels are "
-        f"looked for, and those that it reads may be gone: give batches of one size, or the data "
-        f"so that such a layer runs on the first",
+        f"it fails on a batch of {batch.size} examples, {batch.told()}: {reason}. Either the "
+        f"batch is not of the form that the model takes, or the layer runs for some batches only "
+        f"(by their size, say): it may not have run on the first, where channels are looked for, "
+        f"and those that it reads may be gone. Give batches of one form and size, or the data so "
+        f"that such a layer runs on the first",
     )
 
 
@@ -188,8 +196,10 @@ def device_of(model: nn.Module) -> torch.device:
     """The device of the model's first parameter or buffer, the CPU if it has none.
 
     Raises:
-        EigenDamageError: if any of them is on the meta device, where nothing has a value.
+        EigenDamageError: if it is no module, or any of them is on the meta device, where nothing
+            has a value.
     """
+    _require_module(model)
     every = (*model.named_parameters(), *model.named_buffers())
     for name, tensor in every:
         if tensor.is_meta:

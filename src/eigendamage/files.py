@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from eigendamage.errors import (
@@ -68,7 +68,7 @@ def written_beside(path: str | Path) -> Generator[Path]:
             folder, a device or a pipe in its place. What was there stays.
     """
     final = _path(path)
-    with _told(final):
+    with writing(final):
         if not final.parent.is_dir():
             raise MissingFileError(
                 f"cannot write {final}: the folder {final.parent} does not exist"
@@ -94,6 +94,24 @@ def save_tensors(
     mode = S_IMODE(path.stat().st_mode)
     save_file(tensors, path, metadata=metadata)
     path.chmod(mode)
+
+
+def load_tensors(path: Path, what: str) -> dict[str, Tensor]:
+    """Read safetensors; ``what`` is what messages call the file.
+
+    Raises:
+        MissingFileError: if there is no such file.
+        FileError: if it cannot be read.
+        FileFormatError: if it is cut short, or something else.
+    """
+    with opened(path, what):  # what reads it has errors of its own for all else
+        pass
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise FileFormatError(
+            f"'{path}' is not a whole safetensors file ({error}); fetch or save it again"
+        ) from error
 
 
 def refuse_special(path: Path) -> None:
@@ -122,7 +140,7 @@ def written_together(directory: str | Path, names: Sequence[str]) -> Generator[P
             in it is no regular file.
     """
     final = _path(directory)
-    with _told(final):
+    with writing(final):
         if final.exists() and not final.is_dir():
             raise NotAFolderError(f"cannot write into {final}: it is a file, not a folder")
         if not final.absolute().name:
@@ -162,7 +180,7 @@ def make_folder(directory: Path) -> None:
         NotAFolderError: if there is a file in its place, or in that of one above.
         FileError: if it cannot be made.
     """
-    with _told(_path(directory)):
+    with writing(_path(directory)):
         try:
             directory.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError) as error:
@@ -182,12 +200,12 @@ def alone_in(directory: Path) -> Generator[None]:
     Raises:
         FileError: if another run is in it, or it cannot be made (`make_folder`).
     """
-    with _told(_path(directory)):
+    with writing(_path(directory)):
         new = not directory.exists()
     make_folder(directory)
     with ExitStack() as stack:
         try:
-            with _told(directory):
+            with writing(directory):
                 stack.enter_context(_locked(directory, _MOMENT_S))
         except BlockingIOError as error:
             raise FileError(
@@ -246,8 +264,12 @@ def _beside(final: Path) -> Path:
 
 
 @contextmanager
-def _told(path: Path) -> Generator[None]:
-    """Say of an error of the system, or of a writer of files, which file could not be written."""
+def writing(path: Path) -> Generator[None]:
+    """Say of an error of the system, or of a writer of files, which file could not be written.
+
+    Raises:
+        FileError: in the place of such an error.
+    """
     try:
         yield
     except (EigenDamageError, BlockingIOError):  # the latter is of a lock

@@ -541,11 +541,20 @@ def test_weights_beside_the_onnx_file(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.filterwarnings("ignore:.*script_method.*:DeprecationWarning")  # torch's own
-def test_of_a_compiled_model_the_original_is_written(tmp_path: Path) -> None:
+def test_of_a_wrapped_model_the_original_is_written(tmp_path: Path) -> None:
     model = CASES["fc"].model().float().eval()
     x = CASES["fc"].data(4)[0].float()
     compiled = torch.compile(model)
     assert isinstance(compiled, nn.Module)
-    written = _export(compiled, tmp_path / "model.pt2", x, format="torch.export")
-    assert written.batch is None
-    assert written.max_difference < 1e-6
+    for wrapped in (compiled, nn.DataParallel(model)):
+        written = _export(wrapped, tmp_path / "model.pt2", x, format="torch.export")
+        assert written.batch is None
+        assert written.max_difference < 1e-6
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # TorchScript is deprecated
+def test_a_program_of_torchscript_is_refused(tmp_path: Path) -> None:
+    x = torch.randn(4, 3)
+    with pytest.raises(ed.ExportError, match="TorchScript"):
+        _export(torch.jit.trace(nn.Linear(3, 2), x), tmp_path / "model.onnx", x)
+    assert _nothing_but(tmp_path)

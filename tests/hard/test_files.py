@@ -85,6 +85,22 @@ def test_a_full_disk_is_told_and_leaves_what_was_there(
     assert _contents(tmp_path) == before
 
 
+@pytest.mark.parametrize(
+    ("format", "name"), [("onnx", "x.onnx"), ("torch.export", "x.pt2"), ("plain", "x")]
+)
+def test_a_full_disk_is_told_by_exports_too(format: Any, name: str, tmp_path: Path) -> None:
+    def write(folder: Path) -> None:
+        ed.export(network(), folder / name, batches()[0], format=format, progress=False)
+
+    with full_disk(), pytest.raises(ed.FileError, match=rf"cannot write .*{name}"):
+        write(tmp_path)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ed.FileError, match=rf"cannot write .*{name}"):
+        write(Path("/proc"))  # where nobody may
+    write(tmp_path)
+    assert (tmp_path / name).exists()
+
+
 @pytest.mark.parametrize("what", list(WRITERS))
 def test_a_file_in_place_of_the_folder_is_told(
     what: str, small: ed.Compressed, tmp_path: Path

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +13,8 @@ from torch import nn
 
 import eigendamage as ed
 from eigendamage.curvature import Curvature, estimate_curvature, load_curvature, save_curvature
-from eigendamage.errors import MismatchError
-from eigendamage.layers import require_known, sketch_of
+from eigendamage.errors import FileFormatError, MismatchError
+from eigendamage.layers import Layer, require_known, sketch_of
 from eigendamage.layers._find import find_layers
 from eigendamage.plan import Budget, Plan, make_plan
 from eigendamage.surgery import apply_plan
@@ -102,11 +104,59 @@ def test_the_distance_is_near_to_the_true_one(shape: tuple[int, int, int], seed:
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Conv2d(shape[1], shape[0], round(shape[2] ** 0.5)))
     moved = _moved(model, 0.2)
-    (layer,) = find_layers(moved).compressible.values()
-    (before,) = find_layers(model).compressible.values()
+    layer, before = _only_layer(moved), _only_layer(model)
     distance = require_known(layer, sketch_of(before.weight()), "curvature")
     true = float((layer.weight() - before.weight()).norm() / before.weight().norm())
     assert 0.4 * true < distance < 1.8 * true
+
+
+def _only_layer(model: nn.Module) -> Layer:
+    (layer,) = find_layers(model).compressible.values()
+    return layer
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_strangers_are_told_though_all_their_weights_are_positive(seed: int) -> None:
+    torch.manual_seed(seed)
+    one, other = nn.Linear(64, 64), nn.Linear(64, 64)
+    for module in (one, other):
+        nn.init.uniform_(module.weight, 0.0, 1.0)
+    sketch = sketch_of(_only_layer(nn.Sequential(one)).weight())
+    with pytest.raises(MismatchError, match="other weights"):
+        require_known(_only_layer(nn.Sequential(other)), sketch, "curvature")
+    with torch.no_grad():
+        one.weight.mul_(0.9)  # as weight decay does
+    assert 0.05 < require_known(_only_layer(nn.Sequential(one)), sketch, "curvature") < 0.2
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_weights_that_were_all_alike_may_have_moved(value: float) -> None:
+    layer = nn.Linear(32, 32)
+    nn.init.constant_(layer.weight, value)
+    sketch = sketch_of(_only_layer(nn.Sequential(layer)).weight())
+    with torch.no_grad():
+        layer.weight.add_(torch.randn(32, 32), alpha=0.01)
+    distance = require_known(_only_layer(nn.Sequential(layer)), sketch, "curvature")
+    assert distance == (1.0 if value == 0 else pytest.approx(0.01, rel=0.9))
+
+
+@pytest.mark.parametrize("sketch", [[], [1.0], [1.0] * 18, [float("nan")] * 17, ["x"] * 17])
+def test_a_sketch_that_is_none_is_refused_with_its_file(sketch: list[Any], tmp_path: Path) -> None:
+    model = _network(0)
+    curvature = _curvature(model)
+    path = tmp_path / "plan.json"
+    make_plan(model, curvature, Budget(macs=0.6), progress=False).save(path)
+    told = json.loads(path.read_text())
+    told["layers"]["0"]["sketch"] = sketch
+    path.write_text(json.dumps(told))
+    with pytest.raises(FileFormatError, match="sketch"):
+        Plan.load(path)
+
+
+def test_a_sketch_beyond_all_numbers_is_a_stranger() -> None:
+    layer = _only_layer(nn.Sequential(nn.Linear(4, 4)))
+    with pytest.raises(MismatchError, match="far away"):
+        require_known(layer, (1e308,) * 17, "plan")
 
 
 def test_weights_too_large_for_a_norm_have_no_sketch() -> None:

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from eigendamage.curvature import (
     preserved_random_state,
 )
 from eigendamage.errors import (
+    BudgetError,
     ChannelError,
     DataError,
     EigenDamageError,
@@ -96,15 +97,20 @@ def compare(
         FileError: if another run is in the folder, or it cannot be made.
     """
     competitors = list(dict.fromkeys(Competitor.of(name) for name in methods))
-    _refuse_bad_options(competitors, budgets, epochs, train_data)
+    _refuse_bad_options(competitors, budgets, unit, epochs, train_data)
     check_seed(seed)
     # A generator is used up by the first row.
     data, eval_data = fitted(data, model), fitted(eval_data, model)
-    data = kept(data)
+    data = kept(data, max_examples)
     eval_data = kept(eval_data)
     folder = None if out is None else Path(out)
     with preserved_random_state():
         training = train_data() if train_data is not None and epochs else None
+        if training is not None and _first_batch(training)["target"] is None:
+            raise DataError(
+                "the batches of train_data have no labels, and a comparison trains all methods on "
+                "them: give (input, label) pairs, or epochs=0 for no training"
+            )
         settings = Settings(
             model=type(model).__name__,
             weights=_fingerprint(model.state_dict()),
@@ -259,9 +265,12 @@ def _estimate(
 def _refuse_bad_options(
     competitors: Sequence[Competitor],
     budgets: Sequence[float],
+    unit: str,
     epochs: int,
     train_data: Callable[[], Iterable[Any]] | None,
 ) -> None:
+    if unit not in get_args(Unit):
+        raise BudgetError(f"unit is {unit!r}; known are {', '.join(get_args(Unit))}")
     if not competitors or not budgets:
         raise EigenDamageError("a comparison needs at least one method and one budget")
     for fraction in budgets:

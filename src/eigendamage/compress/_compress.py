@@ -195,7 +195,7 @@ def compress(
         result = once(model, data, options, eval_data=eval_data, curvature=curvature)
         return noted(with_command(result, said))
     # One view of the data for all rounds: a generator is used up by the first.
-    data = kept(data)
+    data = kept(data, None if epochs and train_data is None else max_examples)
     training = None
     if epochs:
         if finetuning is not None and finetuning.epochs not in (1, epochs):

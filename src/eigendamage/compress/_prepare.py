@@ -227,7 +227,7 @@ def prepared(
     repair = auto if options.repair is None else options.repair
     calibrate = (auto and predictive) if calibrate is None else calibrate
     # One view of the data for all stages: a generator is used up by the first.
-    data = kept(data)
+    data = kept(data, options.max_examples)
     budgets = [options.budget] if budgets is None else budgets
     parts: Parts | None = None
     if repair or calibrate or polish or any(budget.loss is not None for budget in budgets):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
@@ -10,18 +11,23 @@ from time import perf_counter
 from types import FunctionType
 from typing import Any, Literal
 
-from safetensors.torch import load_file
+import torch
 from torch import nn
 
 from eigendamage.batches import Batches, Data
-from eigendamage.calls import device_of
 from eigendamage.compress._once import Before, once
 from eigendamage.compress._prepare import on_request
 from eigendamage.compress._result import Compressed, Options
 from eigendamage.curvature import Curvature, load_curvature, save_curvature
 from eigendamage.distributed import decided
-from eigendamage.errors import MismatchError
-from eigendamage.files import Document, make_folder, save_tensors, written_beside
+from eigendamage.errors import FileFormatError, MismatchError
+from eigendamage.files import (
+    Document,
+    load_tensors,
+    make_folder,
+    save_tensors,
+    written_beside,
+)
 from eigendamage.layers import copy_model
 from eigendamage.measure import evaluate
 from eigendamage.plan import Plan
@@ -229,7 +235,10 @@ def _claim(
     asked["rounds"] = str(rounds)
     asked["finetuning"] = "none" if training is None else _in_words(training.config)
     asked["the model's weights"] = digest(model)
-    asked["the first batch"] = batch_digest(Batches(data, device_of(model)).peek())
+    batches = Batches(data, torch.device("cpu"), options.max_examples)
+    asked["the data"] = hashlib.sha256(
+        "".join(batch_digest(batch) for batch in batches).encode()
+    ).hexdigest()
     make_folder(directory)
     path = directory / "run.json"
     if not any(directory.glob("round-*/report.json")):
@@ -274,7 +283,14 @@ def _finished(model: nn.Module, folder: Path) -> Compressed | None:
     curvature = load_curvature(folder / "curvature.safetensors")
     plan = Plan.load(folder / "plan.json")
     smaller = apply_plan(model, plan, curvature)
-    smaller.load_state_dict(load_file(folder / "untrained.safetensors"))
+    path = folder / "untrained.safetensors"
+    try:
+        smaller.load_state_dict(load_tensors(path, "file of weights"))
+    except RuntimeError as error:
+        said = " ".join(str(error).split())
+        raise FileFormatError(
+            f"{path} is not of the plan beside it: {said}. Remove {folder} to make the round again"
+        ) from error
     return Compressed(
         model=smaller,
         plan=plan,

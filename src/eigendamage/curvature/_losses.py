@@ -66,8 +66,10 @@ def head_of(loss: Loss, reduction: Literal["mean", "sum"] = "mean") -> Head:
     """The head for what a user names as loss.
 
     Raises:
-        LossError: if the name is unknown.
+        LossError: if the name or the reduction is unknown.
     """
+    if reduction not in ("mean", "sum"):
+        raise LossError(f"reduction is {reduction!r}; expected 'mean' or 'sum'")
     if isinstance(loss, str):
         heads = {
             "cross_entropy": CrossEntropy,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from eigendamage.batch import Batch
 from eigendamage.batches import Batches
-from eigendamage.calls import call, require_finite
+from eigendamage.calls import require_finite, tried_call
 from eigendamage.curvature._capture import Capture, Sink, undisturbed
 from eigendamage.curvature._factors import Eigenbasis
 from eigendamage.curvature._head import Fisher, Head, PredictiveHead, Seed
@@ -77,7 +77,7 @@ class Passes:
                     before_batch(examples + sum(batch.size for batch in step[: rank()]))
                 if mine is not None:
                     capture.expect(mine)
-                output = None if mine is None else call(self._model, mine)
+                output = None if mine is None else tried_call(self._model, mine)
                 if mine is not None and isinstance(self._head, PredictiveHead):
                     require_finite(self._model, mine, self._head.starts(output))
                 with self._own_turn(random, mine, output):

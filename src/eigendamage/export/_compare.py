@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from eigendamage.batch import Batch
-from eigendamage.calls import first_call
+from eigendamage.calls import tried_call
 from eigendamage.errors import DataError, ExportError
 from eigendamage.export._values import named_outputs, plain_output, with_size
 from eigendamage.layers import evaluating
@@ -42,7 +42,7 @@ def references(model: nn.Module, batch: Batch, sizes: tuple[int, ...]) -> dict[i
 
 
 def _outputs(model: nn.Module, batch: Batch) -> Outputs:
-    outputs = named_outputs(plain_output(first_call(model, batch)))
+    outputs = named_outputs(plain_output(tried_call(model, batch)))
     return {name: value.cpu() for name, value in outputs.items()}
 
 

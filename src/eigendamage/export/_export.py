@@ -24,7 +24,7 @@ from eigendamage.export._plain import unmasked
 from eigendamage.export._program import traced, widths
 from eigendamage.export._pt2 import require_pt2, run_pt2, write_pt2
 from eigendamage.export._source import run_source, write_source
-from eigendamage.files import refuse_special
+from eigendamage.files import refuse_special, writing
 from eigendamage.layers import copy_model, preserved_random_state
 
 Format = Literal["onnx", "torch.export", "plain"]
@@ -105,7 +105,8 @@ def export(
 
     Args:
         model: any model that ``torch.export`` can trace; as it was afterwards. Of one that
-            ``torch.compile`` returned the original is written.
+            ``torch.compile`` returned, or ``nn.DataParallel`` and the like wrap, the original is
+            written.
         path: the file to write; of ``format="plain"`` a folder, made if it is not there.
         example: data as everywhere in this library; its first batch is run. Inputs keep its sizes
             but for the batch. What is not a tensor in it becomes a constant.
@@ -124,12 +125,13 @@ def export(
             package is missing, or if an output differs by more than the tolerance. No file is left
             then.
         DataError: if the model cannot run on the example.
+        FileError: if it cannot be written, because the disk is full, say; nothing is left then.
         MissingFileError: if the folder that is to hold the file does not exist.
     """
     if format not in get_args(Format):
         known = ", ".join(map(repr, get_args(Format)))
         raise ExportError(f"format is {format!r}; expected one of {known}")
-    model = getattr(model, "_orig_mod", model)
+    model = _unwrapped(model)
     final = Path(path)
     _require_place(final, is_folder=format == "plain")
     if format == "onnx":
@@ -170,6 +172,23 @@ def export(
     return result
 
 
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model that was compiled, or given to several devices.
+
+    Raises:
+        ExportError: if it is a program of TorchScript.
+    """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ExportError(
+            "the model is a program of TorchScript, which torch.export cannot trace; give the "
+            "module that it was made of"
+        )
+    inner = getattr(model, "_orig_mod", model)
+    if isinstance(inner, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        return inner.module
+    return inner
+
+
 def _require_place(path: Path, *, is_folder: bool) -> None:
     if not path.parent.is_dir():
         raise MissingFileError(
@@ -202,7 +221,10 @@ def _staged(final: Path, *, is_folder: bool) -> Generator[Path]:
 
     A file may need others beside it, which it knows by name: names stay.
     """
-    with tempfile.TemporaryDirectory(prefix=f".{final.name}.", dir=final.parent) as folder:
+    with (
+        writing(final),
+        tempfile.TemporaryDirectory(prefix=f".{final.name}.", dir=final.parent) as folder,
+    ):
         staged = Path(folder) / final.name
         if is_folder:
             staged.mkdir()

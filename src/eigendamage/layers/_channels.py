@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd  # pyright: ignore[reportPrivateUsage]
 
 from eigendamage.batch import Batch
-from eigendamage.calls import first_call, output_tensors
+from eigendamage.calls import output_tensors, tried_call
 from eigendamage.errors import ChannelError
 from eigendamage.layers._channel_graph import Carrier, ChannelGraph, ChannelGroup
 from eigendamage.layers._copy import copy_model
@@ -193,7 +192,7 @@ def _bare_copy(model: nn.Module) -> nn.Module:
 
 
 def _traceable(base: nn.Module) -> nn.Module:
-    traced = copy.deepcopy(base)
+    traced = copy_model(base)
     for parameter in traced.parameters():
         parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
     return traced
@@ -213,7 +212,7 @@ def _numbers_an_example(base: nn.Module, batch: Batch) -> dict[str, float]:
     handles = [m.register_forward_hook(watch(path)) for path, m in base.named_modules()]
     try:
         with torch.no_grad():
-            output_tensors(first_call(base, batch))
+            output_tensors(tried_call(base, batch))
     finally:
         for handle in handles:
             handle.remove()

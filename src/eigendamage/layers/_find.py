@@ -256,6 +256,8 @@ def _why_not(
             )
         matrix = any(p.ndim >= 2 for p in own.values())
         return f"{kind} is not a Linear or Conv2d" if matrix else f"{kind} has no weight matrix"
+    if any(p.is_complex() for p in own.values()):
+        return "its weight is complex, of which the curvature is not known"
     if id(module) in opaque:
         return f"its weight is read directly by {opaque[id(module)]}, past its forward"
     if _is_replaced(vars(module).get("forward"), module):
@@ -269,14 +271,9 @@ def _why_not(
             f"the weight of {kind} is computed from other parameters (parametrized or masked)"
             f"{mend if parametrize.is_parametrized(module) else ''}"
         )
-    hooks = [hook for kind in HOOKS for hook in getattr(module, kind).values()]
-    if any(_is_ours(hook) for hook in hooks):
-        return (
-            "another call of this library is at work on the model, in another thread perhaps: wait "
-            "until it ends, or give each a copy"
-        )
-    if hooks:
-        return "it carries hooks, which would be lost with it; remove them to compress it"
+    hooked = _why_not_with_hooks(module)
+    if hooked is not None:
+        return hooked
     others = [o for o in owners[id(module.weight)] if o != f"{path}.weight"]
     if others:
         return f"its weight is shared with {others[0]}"
@@ -286,6 +283,20 @@ def _why_not(
             f"what the groups keep apart"
         )
     return None
+
+
+def _why_not_with_hooks(module: nn.Module) -> str | None:
+    hooks = [hook for kind in HOOKS for hook in getattr(module, kind).values()]
+    if any(_is_ours(hook) for hook in hooks):
+        return (
+            "another call of this library is at work on the model, in another thread perhaps: wait "
+            "until it ends, or give each a copy"
+        )
+    return (
+        "it carries hooks, which would be lost with it; remove them to compress it"
+        if hooks
+        else None
+    )
 
 
 def _is_replaced(forward: object, module: nn.Module) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -17,6 +16,7 @@ from eigendamage.batch import Batch
 from eigendamage.calls import call, output_tensors
 from eigendamage.errors import EigenDamageError
 from eigendamage.layers._channel_graph import ChannelGraph, ChannelGroup
+from eigendamage.layers._copy import copy_model
 from eigendamage.layers._factored import FactoredConv2d, FactoredLinear
 from eigendamage.layers._slicing import channels_of, remove_units, zero_inputs
 
@@ -97,7 +97,7 @@ def _subject(base: nn.Module, batch: Batch) -> _Subject | None:
     """The most telling form of the model that runs and gives finite outputs."""
     for (precision, tolerance), perturbed in itertools.product(_PRECISIONS, (True, False)):
         try:
-            model = copy.deepcopy(base).requires_grad_(False).to(precision)
+            model = copy_model(base).requires_grad_(False).to(precision)
             inputs = _in_precision(batch, precision)
             if perturbed:
                 _perturb(model)
@@ -135,7 +135,7 @@ def _outputs(model: nn.Module, batch: Batch) -> list[Tensor]:
 
 def _silent(subject: _Subject, groups: Groups) -> dict[str, str]:
     """Groups of which some reader does not act on the outputs: nothing is shown about them."""
-    model = copy.deepcopy(subject.model)
+    model = copy_model(subject.model)
     readers = {m.module for group in groups.values() for m in group.readers}
     weights = {path: _reading_stage(model.get_submodule(path)).weight for path in readers}
     for weight in weights.values():
@@ -214,7 +214,7 @@ def _trials(groups: Groups) -> Iterator[Units]:
 
 def _variant(subject: _Subject) -> nn.Module:
     """A copy with the same parameters, to replace some of."""
-    return copy.deepcopy(subject.model, {id(p): p for p in subject.model.parameters()})
+    return copy_model(subject.model, {id(p): p for p in subject.model.parameters()})
 
 
 def _difference(subject: _Subject, graph: ChannelGraph, units: Units) -> str | None:

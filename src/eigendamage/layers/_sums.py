@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from eigendamage.batch import Batch, tensors_in
-from eigendamage.calls import first_call
+from eigendamage.calls import tried_call
 from eigendamage.layers._factored import FactoredConv2d
 from eigendamage.layers._trace import evaluating, preserved_random_state
 
@@ -102,7 +102,7 @@ def find_sums(model: nn.Module, layers: Iterable[str], batch: Batch) -> dict[str
                 if path:
                     handles += watch.over(path, module)
             with watch:
-                output = first_call(model, batch.few(_EXAMPLES))
+                output = tried_call(model, batch.few(_EXAMPLES))
         finally:
             for handle in handles:
                 handle.remove()

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from eigendamage.batch import Batch, tensors_in
-from eigendamage.calls import first_call, output_tensors
+from eigendamage.calls import output_tensors, tried_call
 from eigendamage.errors import ShapeError
 from eigendamage.layers._cost import LayerShape
 from eigendamage.layers._find import Layer
@@ -217,7 +217,7 @@ def trace(
         ):
             # Reentrant checkpoints warn of what is meant here: no gradients.
             warnings.filterwarnings("ignore", message="None of the inputs have requires_grad")
-            outputs = starts(first_call(model, few))
+            outputs = starts(tried_call(model, few))
     finally:
         for handle in handles:
             handle.remove()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 
 from torch import nn
@@ -10,6 +9,7 @@ from torch import nn
 from eigendamage.batch import Batch
 from eigendamage.calls import call
 from eigendamage.layers._channel_graph import ChannelGraph, ChannelGroup
+from eigendamage.layers._copy import copy_model
 from eigendamage.layers._slicing import remove_units
 from eigendamage.layers._trace import counted_operations
 
@@ -33,7 +33,7 @@ def with_unit_macs(
     found = dict(groups)
     whole = _macs(base, batch) if blocks else {}
     for together in _apart(blocks):
-        smaller = copy.deepcopy(base, {id(p): p for p in base.parameters()})
+        smaller = copy_model(base, {id(p): p for p in base.parameters()})
         graph = ChannelGraph(groups=together, carriers={}, left_alone={})
         remove_units(smaller, graph, {key: [0] for key in together})
         left = _macs(smaller, batch)

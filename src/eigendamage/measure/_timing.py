@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from eigendamage.batch import Batch
 from eigendamage.batches import Batches, Data
-from eigendamage.calls import call, device_of, first_call
+from eigendamage.calls import call, device_of, tried_call
 from eigendamage.errors import DataError, EigenDamageError
 from eigendamage.layers import evaluating, preserved_random_state
 
@@ -187,7 +187,7 @@ def examples_of(data: Data, count: int, device: torch.device) -> Batch:
 
 def checked_call(model: nn.Module, batch: Batch) -> Call:
     """The call of a model that has been seen to run."""
-    first_call(model, batch)
+    tried_call(model, batch)
     return partial(call, model, batch)
 
 

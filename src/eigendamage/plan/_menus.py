@@ -165,8 +165,15 @@ def make_menus(
     kept = dict.fromkeys(curvature.classifier, "it is the classifier") | dict(ignored)
     open_layers = {name: layer for name, layer in layers.items() if name not in kept}
     if not open_layers:
-        shown = "; ".join(f"'{n}': {why}" for n, why in list(kept.items())[:6])
-        raise NothingToCompressError(f"every compressible layer is kept: {shown}")
+        others = {n: why for n, why in curvature.left_alone.items() if n not in kept}
+        shown, left = (
+            "; ".join(f"'{n}': {why}" for n, why in list(each.items())[:6])
+            for each in (kept, others)
+        )
+        raise NothingToCompressError(
+            f"every compressible layer is kept: {shown}"
+            f"{f'. Not compressible are: {left}' if left else ''}"
+        )
     seen, blind = sighted(curvature)
     owners = shared_out([_pricing(layer) for layer in open_layers.values()])
     mine = [n for n, owner in zip(open_layers, owners, strict=True) if owner == rank()]

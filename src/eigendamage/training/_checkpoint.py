@@ -13,8 +13,8 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from eigendamage.errors import FileFormatError, MismatchError, MissingFileError
-from eigendamage.files import written_beside
+from eigendamage.errors import FileError, FileFormatError, MismatchError, MissingFileError
+from eigendamage.files import opened, written_beside
 
 _VERSION = 2
 
@@ -46,15 +46,20 @@ class Checkpoint:
         """The state; None if there is none yet. No code of the file runs.
 
         Raises:
-            FileFormatError: if the file is not such a state.
+            FileFormatError: if the file is not such a state, or cut short.
+            FileError: if it cannot be read.
             MismatchError: if it is of another run; the message names the first difference.
         """
         if not self._path.exists():
             return None
         try:
+            with opened(self._path, "state of a training run"):  # can it be read at all?
+                pass
             found: Any = torch.load(self._path, weights_only=True)
+        except FileError:
+            raise
         except (
-            *(RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError),
+            *(OSError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError),
             *(KeyError, ValueError, IndexError, TypeError),  # of bytes that happen to be opcodes
         ) as error:
             said = (str(error).splitlines() or [""])[0]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from eigendamage.batch import Batch
-from eigendamage.calls import call, logits_of
+from eigendamage.calls import call, logits_of, tried_call
 from eigendamage.curvature import Head, PredictiveHead
 from eigendamage.errors import DataError, EigenDamageError, LossError, MismatchError
 
@@ -61,7 +61,7 @@ class Objective:
         """
         self._check(batch)
         with _watched(model, self._features) as mine:
-            output = call(model, batch)
+            output = tried_call(model, batch)
         return self._loss(output, batch, mine), self._head.counting(output, batch)
 
     def _loss(self, output: Any, batch: Batch, mine: dict[str, Tensor]) -> Tensor:
@@ -91,7 +91,7 @@ class Objective:
         no position counts it is over none.
         """
         self._check(batch)
-        output = call(model, batch)
+        output = tried_call(model, batch)
         if not self._head.counting(output, batch):
             return torch.zeros(()), 0
         if self.by_labels(batch):

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-import safetensors
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from eigendamage.errors import FileFormatError, MismatchError
-from eigendamage.files import opened
+from eigendamage.files import load_tensors, opened
+
+_WEIGHTS = "file of weights"
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
@@ -37,15 +37,10 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
 
 
 def _read(path: Path) -> dict[str, Tensor]:
-    with opened(path, "file of weights"):  # what reads it has errors of its own for all else
-        pass
     if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except safetensors.SafetensorError as error:
-            raise FileFormatError(
-                f"'{path}' is not a whole safetensors file ({error}); fetch or save it again"
-            ) from error
+        return load_tensors(path, _WEIGHTS)
+    with opened(path, _WEIGHTS):  # what reads it has errors of its own for all else
+        pass
     if path.suffix in (".pt", ".pth"):
         return _state_dict(_unpickle(path), path)
     raise FileFormatError(
