@@ -239,8 +239,8 @@ PICTURES: dict[str, Picture] = {
         "latency_peers.json",
         Path("docs/images/latency.svg"),
         "Two panels of accuracy without training over the time of a call, at a batch of 1 and of "
-        "64: auto by MACs, by latency and with channels alone, Torch-Pruning's GroupTaylor "
-        "over all channels and over inner ones, and Tucker-2.",
+        "64: auto by MACs, by latency and with channels alone, and Torch-Pruning's GroupTaylor "
+        "over all channels and over inner ones.",
         latency_tables.points,
         latency_tables.panels,
     ),
