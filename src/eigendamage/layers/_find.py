@@ -292,11 +292,9 @@ def _why_not_with_hooks(module: nn.Module) -> str | None:
             "another call of this library is at work on the model, in another thread perhaps: wait "
             "until it ends, or give each a copy"
         )
-    return (
-        "it carries hooks, which would be lost with it; remove them to compress it"
-        if hooks
-        else None
-    )
+    if hooks:
+        return "it carries hooks, which would be lost with it; remove them to compress it"
+    return None
 
 
 def _is_replaced(forward: object, module: nn.Module) -> bool:

@@ -91,16 +91,17 @@ def require_known(layer: Layer, sketch: Sketch | None, where: str) -> float:
     Raises:
         MismatchError: if the two are hardly alike.
     """
-    now = sketch_of(layer.weight())
+    weight = layer.weight()
+    now = sketch_of(weight)
     if sketch is None or now is None:
         return 0.0
-    distance, apart = moved(sketch, now, layer.weight().numel())
+    distance, apart = moved(sketch, now, weight.numel())
     # Of a weight that was all zeros, as some begin, nothing can be told.
     if sketch[0] > 0 and not apart <= _STRANGER:
         far = f"about {apart:.0%} of their norm" if math.isfinite(apart) else "far"
         raise MismatchError(
             f"layer '{layer.name}' has the shape that the {where} is for and other weights, {far} "
-            f"away: the {where} is of another model, or of this one "
-            f"before it was trained on. Estimate the curvature of this model and plan anew"
+            f"away: the {where} is of another model, or of this one before it was trained on. "
+            f"Estimate the curvature of this model and plan anew"
         )
     return min(distance, 1.0)
