@@ -1,8 +1,7 @@
-"""Files that are either whole or not there, and JSON documents that are checked on load."""
+"""Files that are either whole or not there, and an error that names them where they cannot be."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -11,15 +10,13 @@ from shutil import rmtree
 from stat import S_IMODE
 from threading import get_ident
 from time import monotonic, sleep
-from typing import Any, BinaryIO, TypeVar
+from typing import BinaryIO
 
-from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from eigendamage.errors import (
-    BudgetError,
     EigenDamageError,
     FileError,
     FileFormatError,
@@ -47,7 +44,7 @@ def opened(path: Path, what: str) -> Generator[BinaryIO]:
         MissingFileError: if there is no such file.
         FileError: if it cannot be read.
     """
-    path = _path(path)
+    path = path_of(path)
     try:
         stream = path.open("rb")
     except FileNotFoundError as error:
@@ -67,7 +64,7 @@ def written_beside(path: str | Path) -> Generator[Path]:
         FileError: if it cannot be written, because the disk is full, say, or because there is a
             folder, a device or a pipe in its place. What was there stays.
     """
-    final = _path(path)
+    final = path_of(path)
     with writing(final):
         if not final.parent.is_dir():
             raise MissingFileError(
@@ -139,7 +136,7 @@ def written_together(directory: str | Path, names: Sequence[str]) -> Generator[P
         FileError: if it cannot be written, if it is the root of all folders, or if one of ``names``
             in it is no regular file.
     """
-    final = _path(directory)
+    final = path_of(directory)
     with writing(final):
         if final.exists() and not final.is_dir():
             raise NotAFolderError(f"cannot write into {final}: it is a file, not a folder")
@@ -180,7 +177,7 @@ def make_folder(directory: Path) -> None:
         NotAFolderError: if there is a file in its place, or in that of one above.
         FileError: if it cannot be made.
     """
-    with writing(_path(directory)):
+    with writing(path_of(directory)):
         try:
             directory.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError) as error:
@@ -200,7 +197,7 @@ def alone_in(directory: Path) -> Generator[None]:
     Raises:
         FileError: if another run is in it, or it cannot be made (`make_folder`).
     """
-    with writing(_path(directory)):
+    with writing(path_of(directory)):
         new = not directory.exists()
     make_folder(directory)
     with ExitStack() as stack:
@@ -247,7 +244,7 @@ def _locked(directory: Path, patience: float) -> Generator[None]:
         os.close(handle)
 
 
-def _path(path: str | Path) -> Path:
+def path_of(path: str | Path) -> Path:
     """A path that the system takes.
 
     Raises:
@@ -280,73 +277,3 @@ def writing(path: Path) -> Generator[None]:
             f"cannot write {path}: {reason}. What was there is as it was; free some space, or "
             f"give a place that can be written to"
         ) from error
-
-
-def parsed(content: str | bytes) -> Any:
-    """What a JSON document says.
-
-    Raises:
-        ValueError: if it is none, or names a field twice, of which another reader might take the
-            other.
-        RecursionError: if it is nested too deep.
-    """
-    return json.loads(content, object_pairs_hook=_once_each)
-
-
-def _once_each(fields: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(fields)
-    if len(found) < len(fields):
-        names = [name for name, _ in fields]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"it has the field '{twice}' twice")
-    return found
-
-
-D = TypeVar("D", bound="Document")
-
-
-class Frozen(BaseModel):
-    """Data that does not change and has no fields but those it declares."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Document(Frozen):
-    """Data that is kept in a JSON file of its own; subclasses declare a ``version``."""
-
-    def save(self, path: str | Path) -> None:
-        """Write it as JSON, beside the file first and then renamed."""
-        with written_beside(path) as beside:
-            beside.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
-
-    @classmethod
-    def load(cls: type[D], path: str | Path) -> D:
-        """Read it.
-
-        Raises:
-            FileFormatError: if the file is not such a document, or of another version; the message
-                names the first field that does not fit.
-            MissingFileError: if there is no such file.
-            FileError: if it cannot be read.
-        """
-        what = cls.__name__.lower()
-        path = _path(path)
-        try:
-            content = path.read_bytes()
-        except FileNotFoundError as error:
-            raise MissingFileError(f"there is no {what} at {path}; check the path") from error
-        except OSError as error:
-            raise FileError(f"cannot read the {what} at {path}: {error.strerror}") from error
-        try:
-            raw = parsed(content)
-            if not isinstance(raw, dict) or "version" not in raw:
-                raise FileFormatError(f"{path} is not a {what}: it says no version")
-            return cls.model_validate_json(json.dumps(raw))
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(p) for p in first["loc"]) or "the whole"
-            raise FileFormatError(f"{path} is not a {what}: {where}: {first['msg']}") from error
-        except (BudgetError, TypeError) as error:
-            raise FileFormatError(f"{path} is not a {what}: {error}") from error
-        except (ValueError, RecursionError) as error:
-            raise FileFormatError(f"{path} is not a {what}, nor sound JSON: {error}") from error

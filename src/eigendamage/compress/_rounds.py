@@ -20,14 +20,9 @@ from eigendamage.compress._prepare import on_request
 from eigendamage.compress._result import Compressed, Options
 from eigendamage.curvature import Curvature, load_curvature, save_curvature
 from eigendamage.distributed import decided
+from eigendamage.documents import Document
 from eigendamage.errors import FileFormatError, MismatchError
-from eigendamage.files import (
-    Document,
-    load_tensors,
-    make_folder,
-    save_tensors,
-    written_beside,
-)
+from eigendamage.files import load_tensors, make_folder, save_tensors, written_beside
 from eigendamage.layers import copy_model
 from eigendamage.measure import evaluate
 from eigendamage.plan import Plan

@@ -15,8 +15,9 @@ from torch import Tensor
 from eigendamage.curvature._curvature import Curvature, Extra
 from eigendamage.curvature._head import Fisher
 from eigendamage.curvature._layer import EigenvalueKind, LayerCurvature
+from eigendamage.documents import parsed
 from eigendamage.errors import FileFormatError, MissingFileError
-from eigendamage.files import parsed, save_tensors, written_beside
+from eigendamage.files import save_tensors, written_beside
 from eigendamage.layers import ChannelGraph, LayerShape, Sketch
 
 _FORMAT = "eigendamage.curvature"

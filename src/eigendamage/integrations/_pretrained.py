@@ -11,8 +11,8 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
+from eigendamage.documents import parsed
 from eigendamage.errors import EigenDamageError, FileError, FileFormatError, MissingFileError
-from eigendamage.files import parsed
 from eigendamage.integrations._conv1d import conv1d, plain_linears
 from eigendamage.integrations._extras import required
 from eigendamage.saving import Structure, describe, restore

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import takewhile
 
-from eigendamage.files import Frozen
+from eigendamage.documents import Frozen
 
 
 class Member(Frozen):

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pydantic import Field
 from torch import Tensor, nn
 
-from eigendamage.files import Frozen
+from eigendamage.documents import Frozen
 from eigendamage.layers._slicing import sides
 
 _ATTRIBUTE = "_eigendamage_origin"

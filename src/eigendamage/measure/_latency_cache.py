@@ -10,8 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
+from eigendamage.documents import Document
 from eigendamage.errors import FileFormatError
-from eigendamage.files import Document
 from eigendamage.plan._latency import Conditions, FormTimes
 
 _saving = threading.Lock()  # threads of one process would write the same file beside the cache

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from eigendamage.files import Frozen
+from eigendamage.documents import Frozen
 
 WEIGHT = 0.5
 """Of a layer's own factor beside that which is typical of its kind, where prices are compared."""

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
+from eigendamage.documents import Document, Frozen
 from eigendamage.errors import MismatchError
-from eigendamage.files import Document, Frozen
 from eigendamage.layers import DenseForm
 
 LATENCY_VERSION = 1

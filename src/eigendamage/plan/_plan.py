@@ -14,8 +14,8 @@ from jaxtyping import Bool, Float
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from eigendamage.documents import Document, Frozen
 from eigendamage.errors import MismatchError
-from eigendamage.files import Document, Frozen
 from eigendamage.layers import DenseForm, Sketch
 from eigendamage.plan._budget import Budget, Unit
 

@@ -9,7 +9,7 @@ import torch
 
 from eigendamage._version import __version__
 from eigendamage.distributed import world
-from eigendamage.files import Frozen
+from eigendamage.documents import Frozen
 
 
 class Environment(Frozen):

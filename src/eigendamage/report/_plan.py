@@ -8,7 +8,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from eigendamage.files import Frozen
+from eigendamage.documents import Frozen
 from eigendamage.plan import Plan
 from eigendamage.report._report import LayerReport, layer_reports
 from eigendamage.report._terminal import count_of, layer_table, left_alone_table, number, percent

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 from eigendamage.curvature import CalibrationRow
-from eigendamage.files import Document, Frozen
+from eigendamage.documents import Document, Frozen
 from eigendamage.layers import DenseForm
 from eigendamage.plan import (
     Action,

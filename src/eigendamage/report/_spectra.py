@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from eigendamage.curvature import Curvature
-from eigendamage.files import Frozen
+from eigendamage.documents import Frozen
 
 _POINTS = 17
 _HELD = 0.9

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
-from eigendamage.files import Document, Frozen
+from eigendamage.documents import Document, Frozen
 from eigendamage.report._environment import Environment
 from eigendamage.report._measured import Measured
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from eigendamage.files import Frozen
+from eigendamage.documents import Frozen
 from eigendamage.report._measured import Measured
 from eigendamage.training import Training
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from eigendamage.files import Frozen
+from eigendamage.documents import Frozen
 
 TRUST = 2.0
 """A prediction is trusted while what is measured is at most this many times as much."""

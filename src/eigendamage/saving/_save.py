@@ -9,8 +9,9 @@ from typing import Protocol, TypeVar, runtime_checkable
 import torch
 from torch import nn
 
+from eigendamage.documents import Document
 from eigendamage.errors import EigenDamageError, MismatchError, MissingFileError, warn
-from eigendamage.files import Document, written_together
+from eigendamage.files import written_together
 from eigendamage.layers import saved_tensors
 from eigendamage.plan import Plan
 from eigendamage.report import Report, write_page

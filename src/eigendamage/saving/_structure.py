@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
-from eigendamage.files import Document, Frozen
+from eigendamage.documents import Document, Frozen
 from eigendamage.layers import Form
 
 STRUCTURE_VERSION = 1

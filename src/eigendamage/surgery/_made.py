@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from eigendamage.files import Document
+from eigendamage.documents import Document
 from eigendamage.plan import Plan
 
 _ATTRIBUTE = "_eigendamage_made"
