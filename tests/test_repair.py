@@ -649,7 +649,9 @@ def test_a_layer_that_fails_on_a_later_batch_is_named_and_weights_stay(memory: i
     before = copy.deepcopy(small.state_dict())
     x = torch.randn(40, 6)
     data = [*batches(x[:8], 8), *batches(x[8:], 16)]
-    with pytest.raises(LayerError, match=r"'extra': it fails on a batch of 16 .*one size") as told:
+    with pytest.raises(
+        LayerError, match=r"'extra': it fails on a batch of 16 .*one form and size"
+    ) as told:
         repair_model(
             small,
             _ByBatch().eval(),

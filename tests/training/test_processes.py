@@ -88,5 +88,6 @@ def test_two_processes_take_the_steps_of_one_with_twice_the_batches(tmp_path: Pa
 
 def test_an_error_in_one_process_ends_both_and_leaves_the_weights(tmp_path: Path) -> None:
     assert together(fail_in_one, tmp_path) == [3, 3]
-    assert "fine-tuning failed in process 1 of 2: mat1 and mat2" in (tmp_path / "1.txt").read_text()
+    told = (tmp_path / "1.txt").read_text()
+    assert "fine-tuning failed in process 1 of 2: the model cannot run on inputs of shape" in told
     assert "fine-tuning failed in process 0 of 2" in (tmp_path / "0.txt").read_text()
