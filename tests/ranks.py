@@ -29,7 +29,7 @@ def together(work: Callable[[Path], None], folder: Path, ranks: int = 2) -> list
     for process in started:
         process.start()
     for process in started:
-        process.join(60)
+        process.join(180)  # a busy machine may take a minute to begin
         if process.is_alive():
             process.kill()
             process.join()
@@ -44,7 +44,7 @@ def _run(work: Callable[[Path], None], folder: Path, rank: int, ranks: int) -> N
         init_method=f"file://{folder}/store",
         rank=rank,
         world_size=ranks,
-        timeout=timedelta(seconds=30),
+        timeout=timedelta(seconds=60),
     )
     try:
         work(folder)
