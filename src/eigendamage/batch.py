@@ -139,7 +139,7 @@ def as_batch(raw: object, index: int, device: torch.device) -> Batch:
         moved = x.detach().to(device, non_blocking=True)
         return moved.clone() if moved.is_inference() else moved
 
-    _refuse_without_values(args, kwargs, index)
+    _refuse_without_values([*args, *kwargs.values(), target], index)
     args = tuple(map_tensors(a, move) for a in args)
     kwargs = {k: map_tensors(v, move) for k, v in kwargs.items()}
     if target is not None and not isinstance(target, Tensor):
@@ -185,10 +185,15 @@ def tensors_in(item: Any) -> list[Tensor]:
     return found
 
 
-def _refuse_without_values(args: tuple[Any, ...], kwargs: Mapping[str, Any], index: int) -> None:
-    for tensor in tensors_in([*args, *kwargs.values()]):
-        if tensor.is_meta or tensor.is_nested or tensor.layout is not torch.strided:
-            what = "on the meta device" if tensor.is_meta else f"{tensor.layout}, not plain"
+def _refuse_without_values(items: list[Any], index: int) -> None:
+    for tensor in tensors_in(items):
+        odd = {
+            "on the meta device": tensor.is_meta,
+            "nested": tensor.is_nested,
+            f"sparse ({tensor.layout})": tensor.layout is not torch.strided,
+        }
+        what = next((words for words, found in odd.items() if found), None)
+        if what is not None:
             raise DataError(
                 f"batch {index} holds a tensor that is {what}; give dense tensors with values "
                 f"(to_dense(), or padding and an attention_mask)"

@@ -60,6 +60,8 @@ def tried_call(model: nn.Module, batch: Batch) -> Any:
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, TypeError, AttributeError, LookupError) as error:
+        if "can't allocate memory" in str(error):  # as torch says it of the CPU's
+            raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         if isinstance(error, LookupError):  # which says no more than the key
             reason = f"{type(error).__name__}: {reason}"
@@ -155,7 +157,12 @@ def _finite(item: object) -> bool:
     return all(bool(torch.isfinite(t).all()) for t in tensors_in(item) if t.is_floating_point())
 
 
-def _require_module(model: object) -> None:
+def require_module(model: object) -> None:
+    """Refuse what is no model.
+
+    Raises:
+        EigenDamageError: if it is none.
+    """
     if not isinstance(model, nn.Module):
         raise EigenDamageError(f"a torch.nn.Module was expected, found {type(model).__name__}")
 
@@ -166,7 +173,7 @@ def require_gradients_possible(model: nn.Module) -> None:
     Raises:
         EigenDamageError: naming the first; or if it is no module.
     """
-    _require_module(model)
+    require_module(model)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if not is_lazy(tensor) and tensor.is_inference():
             raise EigenDamageError(
@@ -184,7 +191,7 @@ def cannot_run(model: nn.Module, batch: Batch, error: RuntimeError) -> LayerErro
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     return LayerError(
         name or type(model).__name__,
-        f"it fails on a batch of {batch.size} examples, {batch.told()}: {reason}. Either the "
+        f"it fails on {batch.told()}: {reason}. Either the "
         f"batch is not of the form that the model takes, or the layer runs for some batches only "
         f"(by their size, say): it may not have run on the first, where channels are looked for, "
         f"and those that it reads may be gone. Give batches of one form and size, or the data so "
@@ -199,7 +206,7 @@ def device_of(model: nn.Module) -> torch.device:
         EigenDamageError: if it is no module, or any of them is on the meta device, where nothing
             has a value.
     """
-    _require_module(model)
+    require_module(model)
     every = (*model.named_parameters(), *model.named_buffers())
     for name, tensor in every:
         if tensor.is_meta:

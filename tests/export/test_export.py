@@ -546,7 +546,7 @@ def test_of_a_wrapped_model_the_original_is_written(tmp_path: Path) -> None:
     x = CASES["fc"].data(4)[0].float()
     compiled = torch.compile(model)
     assert isinstance(compiled, nn.Module)
-    for wrapped in (compiled, nn.DataParallel(model)):
+    for wrapped in (compiled, nn.DataParallel(model), nn.DataParallel(compiled)):
         written = _export(wrapped, tmp_path / "model.pt2", x, format="torch.export")
         assert written.batch is None
         assert written.max_difference < 1e-6

@@ -96,10 +96,11 @@ def test_of_endless_data_no_more_is_drawn_than_is_asked_for() -> None:
 
 
 @pytest.mark.parametrize("bad", [torch.randn(16, 11), torch.zeros(16, 12).long()])
+@pytest.mark.parametrize("at", [1, 2, 5, 6])
 @pytest.mark.parametrize("method", ["auto", "eigendamage"])
-def test_a_later_batch_that_does_not_fit_is_named(method: str, bad: Tensor) -> None:
-    data = [*batches()[:2], bad, *batches()[2:]]
-    with pytest.raises(ed.DataError, match=r"cannot run on inputs of shape .* \(batch 2\)"):
+def test_a_later_batch_that_does_not_fit_is_named(method: str, bad: Tensor, at: int) -> None:
+    data = [*batches()[:at], bad, *batches()[at:]]
+    with pytest.raises(ed.DataError, match=rf"cannot run on inputs of shape .* \(batch {at}\)"):
         ed.compress(plain(), data, budget=BUDGET, method=method, progress=False)
 
 
@@ -112,8 +113,11 @@ def test_so_is_one_of_training_and_of_measuring() -> None:
         ed.evaluate(plain(), data, progress=False)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_tensors_without_plain_values_are_refused() -> None:
-    for odd in (torch.eye(12).to_sparse(), torch.ones(4, 12, device="meta")):
+    nested = torch.nested.nested_tensor([torch.ones(3, 12), torch.ones(2, 12)])
+    sparse = torch.eye(12).to_sparse()
+    for odd in (sparse, torch.ones(4, 12, device="meta"), nested, (torch.ones(12, 12), sparse)):
         with pytest.raises(ed.DataError, match="batch 0 holds a tensor that is"):
             ed.compress(plain(), [odd], budget=BUDGET, progress=False)
 
@@ -130,8 +134,24 @@ def test_a_comparison_refuses_what_would_fail_in_every_row() -> None:
         ed.compare(
             plain(), batches(), eval_data=shown, train_data=batches, epochs=1, progress=False
         )
+    with pytest.raises(ed.BudgetError, match=r"a budget is 0\.5"):
+        ed.sweep(plain(), batches(), budgets=[0.5], progress=False)  # type: ignore[list-item]
+    with pytest.raises(ed.DataError, match="returned a generator"):
+        ed.compare(
+            plain(),
+            batches(),
+            eval_data=shown,
+            train_data=lambda: (pair for pair in shown),
+            epochs=1,
+            progress=False,
+        )
     with pytest.raises(ed.BudgetError, match="unit is 'bananas'"):
         ed.compare(plain(), batches(), eval_data=shown, unit="bananas", progress=False)  # type: ignore[arg-type]
+
+
+def test_what_is_measured_has_to_be_a_model() -> None:
+    with pytest.raises(ed.EigenDamageError, match="found str"):
+        ed.evaluate("a", batches())  # type: ignore[arg-type]
 
 
 def test_a_reduction_that_is_none_is_refused() -> None:
@@ -145,7 +165,9 @@ def test_a_reduction_that_is_none_is_refused() -> None:
         ("training.pt", lambda path: path.write_bytes(path.read_bytes()[:999]), "state of a train"),
         ("training.pt", lambda path: path.write_bytes(path.read_bytes()[:-999]), "state of a tr"),
         ("untrained.safetensors", lambda path: path.write_bytes(b""), "whole safetensors"),
-        ("untrained.safetensors", lambda path: path.unlink(), "no file of weights"),
+        ("untrained.safetensors", lambda path: path.unlink(), "Remove that folder"),
+        ("curvature.safetensors", lambda path: path.write_bytes(b""), "Remove that folder"),
+        ("plan.json", lambda path: path.unlink(), "Remove that folder"),
     ],
 )
 def test_a_folder_of_rounds_with_a_spoilt_file_is_refused_by_its_name(

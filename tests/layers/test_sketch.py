@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,9 @@ from torch import nn
 import eigendamage as ed
 from eigendamage.curvature import Curvature, estimate_curvature, load_curvature, save_curvature
 from eigendamage.errors import FileFormatError, MismatchError
-from eigendamage.layers import Layer, require_known, sketch_of
+from eigendamage.layers import Layer, moved, require_known, sketch_of
 from eigendamage.layers._find import find_layers
-from eigendamage.plan import Budget, Plan, make_plan
+from eigendamage.plan import Budget, Plan, make_menus, make_plan
 from eigendamage.surgery import apply_plan
 
 
@@ -72,6 +73,29 @@ def test_a_saved_curvature_keeps_knowing(tmp_path: Path) -> None:
         make_plan(_network(1), loaded, Budget(macs=0.6), progress=False)
 
 
+def test_shards_of_two_models_do_not_merge() -> None:
+    mine, its = _curvature(_network(0)), _curvature(_network(1))
+    with pytest.raises(MismatchError, match=r"layer '0'.*the other curvature"):
+        mine.merge(its)
+    merged = dataclasses.replace(mine, sketches={}).merge(mine)
+    assert merged.sketches == mine.sketches
+
+
+def test_a_plan_sketches_each_layer_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = _network(0)
+    curvature = _curvature(model)
+    menus = make_menus(model, curvature)
+    seen: list[int] = []
+
+    def counted(weight: torch.Tensor) -> Any:
+        seen.append(weight.numel())
+        return sketch_of(weight)
+
+    monkeypatch.setattr("eigendamage.plan._matching.sketch_of", counted)
+    make_plan(model, curvature, Budget(macs=0.6), menus=menus, progress=False)
+    assert len(seen) == 3
+
+
 def test_a_basis_of_another_model_is_refused() -> None:
     images = [torch.randn(4, 3, 8, 8)]
     with pytest.raises(MismatchError, match="layer '0'"):
@@ -116,17 +140,42 @@ def _only_layer(model: nn.Module) -> Layer:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_strangers_are_told_though_all_their_weights_are_positive(seed: int) -> None:
+def test_strangers_are_far_though_all_their_weights_are_positive(seed: int) -> None:
     torch.manual_seed(seed)
     one, other = nn.Linear(64, 64), nn.Linear(64, 64)
     for module in (one, other):
         nn.init.uniform_(module.weight, 0.0, 1.0)
     sketch = sketch_of(_only_layer(nn.Sequential(one)).weight())
-    with pytest.raises(MismatchError, match="other weights"):
-        require_known(_only_layer(nn.Sequential(other)), sketch, "curvature")
+    # What the two have in common, their mean, makes most of both.
+    assert _distance(nn.Sequential(other), sketch) > 0.4
     with torch.no_grad():
         one.weight.mul_(0.9)  # as weight decay does
-    assert 0.05 < require_known(_only_layer(nn.Sequential(one)), sketch, "curvature") < 0.2
+    assert 0.05 < _distance(nn.Sequential(one), sketch) < 0.2
+
+
+def _distance(model: nn.Module, sketch: Any) -> float:
+    return moved(sketch, sketch_of(_only_layer(model).weight()) or ())
+
+
+@pytest.mark.parametrize("shape", [(64, 784), (784, 64), (10, 128), (1024, 64), (64, 1021)])
+@pytest.mark.parametrize("side", ["rows", "columns", "sum to zero", "scale"])
+def test_changes_of_any_structure_are_seen_as_large_as_they_are(
+    shape: tuple[int, int], side: str
+) -> None:
+    draws = torch.Generator().manual_seed(0)
+    weight = torch.randn(*shape, generator=draws) + 0.5
+    changes = {
+        "rows": torch.randn(shape[0], 1, generator=draws).expand(shape),
+        "columns": torch.randn(1, shape[1], generator=draws).expand(shape),
+        "sum to zero": torch.randn(*shape, generator=draws),
+        "scale": weight,
+    }
+    change = changes[side]
+    if side == "sum to zero":  # as those of the layer before a softmax do
+        change = change - change.mean(0, keepdim=True)
+    change = change * (0.1 * weight.norm() / change.norm())
+    before, now = (sketch_of(w[:, :, None]) or () for w in (weight, weight + change))
+    assert moved(before, now) == pytest.approx(0.1, rel=0.6)
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0])
@@ -137,10 +186,10 @@ def test_weights_that_were_all_alike_may_have_moved(value: float) -> None:
     with torch.no_grad():
         layer.weight.add_(torch.randn(32, 32), alpha=0.01)
     distance = require_known(_only_layer(nn.Sequential(layer)), sketch, "curvature")
-    assert distance == (1.0 if value == 0 else pytest.approx(0.01, rel=0.9))
+    assert distance == (1.0 if value == 0 else pytest.approx(0.01, rel=0.5))
 
 
-@pytest.mark.parametrize("sketch", [[], [1.0], [1.0] * 18, [float("nan")] * 17, ["x"] * 17])
+@pytest.mark.parametrize("sketch", [[], [1.0], [1.0] * 34, [float("nan")] * 33, ["x"] * 33])
 def test_a_sketch_that_is_none_is_refused_with_its_file(sketch: list[Any], tmp_path: Path) -> None:
     model = _network(0)
     curvature = _curvature(model)
@@ -156,9 +205,9 @@ def test_a_sketch_that_is_none_is_refused_with_its_file(sketch: list[Any], tmp_p
 def test_a_sketch_beyond_all_numbers_is_a_stranger() -> None:
     layer = _only_layer(nn.Sequential(nn.Linear(4, 4)))
     with pytest.raises(MismatchError, match="far away"):
-        require_known(layer, (1e308,) * 17, "plan")
+        require_known(layer, (1e308,) * 33, "plan")
 
 
 def test_weights_too_large_for_a_norm_have_no_sketch() -> None:
     assert sketch_of(torch.full((4, 4, 1), 3e38)) is None
-    assert sketch_of(torch.zeros(4, 4, 1)) == (0.0,) * 17
+    assert sketch_of(torch.zeros(4, 4, 1)) == (0.0,) * 33

@@ -106,6 +106,11 @@ def compare(
     folder = None if out is None else Path(out)
     with preserved_random_state():
         training = train_data() if train_data is not None and epochs else None
+        if training is not None and not isinstance(training, Sized):
+            raise DataError(
+                f"train_data returned a {type(training).__name__}, whose number of batches is not "
+                f"known; return a list, or a DataLoader"
+            )
         if training is not None and _first_batch(training)["target"] is None:
             raise DataError(
                 "the batches of train_data have no labels, and a comparison trains all methods on "

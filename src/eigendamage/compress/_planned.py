@@ -16,7 +16,7 @@ from eigendamage.plan import (
     calibrated_plan,
     calibrated_price,
 )
-from eigendamage.surgery import apply_plan
+from eigendamage.surgery import apply_own_plan
 
 _PLANNED = 3  # plans, until none holds a surprise
 _SURPRISE = 2.0  # times its calibrated price
@@ -70,7 +70,7 @@ def _rivalled(
             )
         except BudgetError:
             return source, plan
-        models = [apply_plan(source.model, each, source.curvature) for each in (plan, rival)]
+        models = [apply_own_plan(source.model, each, source.curvature) for each in (plan, rival)]
         mine, its = (divergence(source.model, model, settings) for model in models)
     if mine is None or its is None or mine <= its:
         return source, plan

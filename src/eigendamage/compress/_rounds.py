@@ -21,7 +21,7 @@ from eigendamage.compress._result import Compressed, Options
 from eigendamage.curvature import Curvature, load_curvature, save_curvature
 from eigendamage.distributed import decided
 from eigendamage.documents import Document
-from eigendamage.errors import FileFormatError, MismatchError
+from eigendamage.errors import FileFormatError, MismatchError, MissingFileError
 from eigendamage.files import load_tensors, make_folder, save_tensors, written_beside
 from eigendamage.layers import copy_model
 from eigendamage.measure import evaluate
@@ -243,8 +243,9 @@ def _claim(
     for name, value in asked.items():
         if before.get(name) != value:
             raise MismatchError(
-                f"{directory} holds rounds of another call: {name} was {before.get(name)} and is "
-                f"now {value}; give the same again, or another folder"
+                f"{directory} holds rounds of another call, or of another version: {name} was "
+                f"{before.get(name, 'not noted')} and is now {value}; give the same again (data "
+                f"that is the same in each run), or another folder"
             )
 
 
@@ -275,6 +276,16 @@ def _finished(model: nn.Module, folder: Path) -> Compressed | None:
     """What a round made of a model in an earlier run; None if it did not get that far."""
     if not decided((folder / "report.json").exists):
         return None
+    try:
+        return _read_round(model, folder)
+    except (FileFormatError, MissingFileError, MismatchError) as error:
+        raise FileFormatError(
+            f"the round in {folder} cannot be taken up: {error}. Remove that folder, and those of "
+            f"later rounds, to make them again"
+        ) from error
+
+
+def _read_round(model: nn.Module, folder: Path) -> Compressed:
     curvature = load_curvature(folder / "curvature.safetensors")
     plan = Plan.load(folder / "plan.json")
     smaller = apply_plan(model, plan, curvature)
@@ -283,9 +294,7 @@ def _finished(model: nn.Module, folder: Path) -> Compressed | None:
         smaller.load_state_dict(load_tensors(path, "file of weights"))
     except RuntimeError as error:
         said = " ".join(str(error).split())
-        raise FileFormatError(
-            f"{path} is not of the plan beside it: {said}. Remove {folder} to make the round again"
-        ) from error
+        raise FileFormatError(f"{path} is not of the plan beside it: {said}") from error
     return Compressed(
         model=smaller,
         plan=plan,

@@ -26,7 +26,7 @@ from eigendamage.plan import (
     Plan,
     make_plan,
 )
-from eigendamage.surgery import Repairs, apply_plan, repair_model
+from eigendamage.surgery import Repairs, apply_own_plan, repair_model
 
 CALIBRATED_ON = 256
 """The most held-out examples that a calibration measures on."""
@@ -162,7 +162,7 @@ class Built:
 def built(original: nn.Module, source: Source, plan: Plan, settings: Settings) -> Built:
     """What a plan makes of a model, repaired towards the original."""
     with settings.clock.stage("surgery"):
-        cut = apply_plan(source.model, plan, source.curvature)
+        cut = apply_own_plan(source.model, plan, source.curvature)
         with_first_state(cut)
     outputs = left_outputs(source.outputs, plan)
     if not settings.repair or settings.parts is None or not plan.changed:

@@ -107,6 +107,9 @@ def sweep(
         EigenDamageError: another of its subclasses, as `compress` says.
     """
     budgets = (budgets,) if isinstance(budgets, Budget) else tuple(budgets)
+    for budget in budgets:
+        if not isinstance(budget, Budget):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise BudgetError(f"a budget is {budget!r}; give eigendamage.Budget(macs=0.5), say")
     to_measure = _to_measure(budgets, measure)
     options = Options(
         budget=budgets[0],

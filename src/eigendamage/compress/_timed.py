@@ -12,7 +12,7 @@ from eigendamage.distributed import decided
 from eigendamage.measure import latency
 from eigendamage.plan import Plan
 from eigendamage.progress import say
-from eigendamage.surgery import apply_plan
+from eigendamage.surgery import apply_own_plan
 
 ROUNDS = 25
 _NEAR = 1.05  # times the budget: one timing may be that far off
@@ -51,7 +51,7 @@ def judged(source: Source, plan: Plan, settings: Settings, timing: Timing, goal:
 def cut_by(source: Source, plan: Plan, settings: Settings) -> nn.Module:
     """What a plan makes, without a repair, which changes no time."""
     with settings.clock.stage("surgery"):
-        return apply_plan(source.model, plan, source.curvature)
+        return apply_own_plan(source.model, plan, source.curvature)
 
 
 def tell(plan: Plan, fraction: float, goal: float, settings: Settings) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from eigendamage.batch import Batch, tensors_in
-from eigendamage.calls import call, logits_of
+from eigendamage.calls import logits_of, tried_call
 from eigendamage.layers import PACKING, evaluating, origin_of, preserved_random_state
 from eigendamage.measure import Count
 from eigendamage.plan import Budget
@@ -82,7 +82,7 @@ def padding(result: nn.Module) -> Iterator[str]:
 
 def _output(model: nn.Module, batch: Batch) -> Any:
     with torch.no_grad(), preserved_random_state(), evaluating(model):
-        return call(model, batch)
+        return tried_call(model, batch)
 
 
 def _others(output: Any) -> Iterator[tuple[str, Tensor]]:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from eigendamage.batches import Batches, Data
-from eigendamage.calls import call, device_of
+from eigendamage.calls import device_of, tried_call
 from eigendamage.curvature._capture import Capture, preserved_random_state, undisturbed
 from eigendamage.curvature._curvature import Curvature
 from eigendamage.curvature._head import Fisher
@@ -76,7 +76,7 @@ def calibration_table(
     with undisturbed(model), Capture(layers.values(), sink) as capture:
         for batch in batches:
             capture.expect(batch)
-            output = call(model, batch)
+            output = tried_call(model, batch)
             for start in head.seeds(output, batch, _affordable(curvature, output), random):
                 capture.backward(start)
                 sink.end_of_backward()

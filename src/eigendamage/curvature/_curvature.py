@@ -10,7 +10,7 @@ from eigendamage.curvature._head import Fisher
 from eigendamage.curvature._layer import EigenvalueKind, LayerCurvature
 from eigendamage.curvature._merge import merge_layers
 from eigendamage.errors import MismatchError
-from eigendamage.layers import ChannelGraph, Sketch
+from eigendamage.layers import ChannelGraph, Sketch, require_near
 
 Extra = Literal["patches", "gradients", "channels"]
 """What a curvature can hold beside S, A and λ; see `estimate_curvature`."""
@@ -75,7 +75,7 @@ class Curvature(Mapping[str, LayerCurvature]):
         are exact.
 
         Raises:
-            MismatchError: if the two are not of the same model, loss, Fisher and kind.
+            MismatchError: if the two are not of the same model and weights, loss, Fisher and kind.
         """
         if list(self) != list(other):
             mine, theirs = set(self), set(other)
@@ -86,5 +86,10 @@ class Curvature(Mapping[str, LayerCurvature]):
             if ours != its:
                 said = "" if what == "channels" else f": '{ours}' and '{its}'"
                 raise MismatchError(f"the curvatures differ in {what}{said}")
+        for name in self:
+            one, two = self.sketches.get(name), other.sketches.get(name)
+            require_near(name, two, one, "other curvature")
+        sketches = {**other.sketches, **{n: s for n, s in self.sketches.items() if s is not None}}
         merged = {name: merge_layers(name, self[name], other[name], self.kind) for name in self}
-        return replace(self, layers=merged, examples=self.examples + other.examples)
+        examples = self.examples + other.examples
+        return replace(self, layers=merged, examples=examples, sketches=sketches)

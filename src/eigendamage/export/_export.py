@@ -183,10 +183,12 @@ def _unwrapped(model: nn.Module) -> nn.Module:
             "the model is a program of TorchScript, which torch.export cannot trace; give the "
             "module that it was made of"
         )
-    inner = getattr(model, "_orig_mod", model)
-    if isinstance(inner, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        return inner.module
-    return inner
+    compiled = getattr(model, "_orig_mod", None)
+    if isinstance(compiled, nn.Module):
+        return _unwrapped(compiled)
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        return _unwrapped(model.module)
+    return model
 
 
 def _require_place(path: Path, *, is_folder: bool) -> None:

@@ -19,7 +19,14 @@ from eigendamage.layers._origin import (
     saved_tensors,
     set_origin,
 )
-from eigendamage.layers._sketch import Sketch, require_known, sketch_of
+from eigendamage.layers._sketch import (
+    STRANGER,
+    Sketch,
+    moved,
+    require_known,
+    require_near,
+    sketch_of,
+)
 from eigendamage.layers._slicing import (
     Kept,
     Sides,
@@ -40,6 +47,7 @@ __all__ = [
     "FORMS",
     "ON_REQUEST",
     "PACKING",
+    "STRANGER",
     "SWITCHES",
     "Carrier",
     "ChannelGraph",
@@ -75,6 +83,7 @@ __all__ = [
     "fused_calls",
     "join",
     "kept_indices",
+    "moved",
     "origin_of",
     "own_tensors",
     "preserved_random_state",
@@ -82,6 +91,7 @@ __all__ = [
     "remove_units",
     "require_copyable",
     "require_known",
+    "require_near",
     "reshaped_origin",
     "saved_tensors",
     "set_following",

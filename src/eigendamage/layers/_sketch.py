@@ -2,82 +2,59 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
-from typing import Annotated, NamedTuple
+from functools import lru_cache
+from typing import Annotated
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from pydantic import Field, FiniteFloat
 from torch import Tensor
+from torch.nn.functional import pad
 
 from eigendamage.errors import MismatchError
 from eigendamage.layers._find import Layer
 
-_SUMS = 16
+_SUMS = 32
 Sketch = Annotated[tuple[FiniteFloat, ...], Field(min_length=_SUMS + 1, max_length=_SUMS + 1)]
-"""A weight's norm, and its sums over every sixteenth of its numbers from the first, second, …"""
-_STRANGER = 0.6
-_LEAST = 0.1
-_FEW = 256  # numbers whose mean is one of chance
+"""A weight's norm, and its sums with so many fixed patterns of signs (AMS; Alon, Matias and Szegedy
+1996)."""
+STRANGER = 0.6
+"""The fraction of a weight's norm from which on another is of another model."""
+_ROW = 1021  # prime, so that no row of a weight begins where a row of signs does
 
 
 def sketch_of(weight: Float[Tensor, "o i K"]) -> Sketch | None:
     """The sketch of a weight, in the order of (o, i, K); None if its norm overflows."""
     flat = weight.detach().reshape(-1)
-    wide = torch.promote_types(flat.dtype, torch.float32)
-    whole = len(flat) // _SUMS * _SUMS
-    sums = flat[:whole].view(-1, _SUMS).sum(0, dtype=wide)
-    sums[: len(flat) - whole] += flat[whole:].to(wide)
-    norm = torch.linalg.vector_norm(flat, dtype=wide)
-    numbers = torch.cat([norm[None], sums])
+    flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
+    rows = pad(flat, (0, -len(flat) % _ROW)).view(-1, _ROW)
+    # The sign of a number is that of its row times that of its column.
+    within, across = (_signs(what, n).to(rows) for what, n in (("c", _ROW), ("r", len(rows))))
+    sums = ((across @ rows) * within).sum(1)
+    numbers = torch.cat([torch.linalg.vector_norm(flat)[None], sums])
     return tuple(numbers.tolist()) if bool(torch.isfinite(numbers).all()) else None
 
 
-def moved(before: Sequence[float], now: Sequence[float], count: int) -> tuple[float, float]:
-    """How far apart two weights are, by their sketches.
+@lru_cache(maxsize=64)
+def _signs(what: str, count: int) -> Float[Tensor, "s n"]:
+    """As good as random, and the same everywhere and always."""
+    bits = hashlib.shake_256(what.encode()).digest(-(-_SUMS * count // 8))
+    signs = np.unpackbits(np.frombuffer(bits, np.uint8), count=_SUMS * count)
+    return torch.from_numpy(2.0 * signs.astype(np.float32) - 1).view(_SUMS, count)
 
-    A sum over numbers whose signs are as good as random has the square of their norm, in the mean.
-    What all of them lean to one side is told apart from that first, by their common mean.
 
-    Args:
-        before: the sketch of one.
-        now: that of the other.
-        count: of numbers in either.
+def moved(before: Sequence[float], now: Sequence[float]) -> float:
+    """About ‖W₁ - W₀‖ / ‖W₀‖ of two weights, by their sketches; near √2 for strangers.
 
-    Returns:
-        About ‖W₁ - W₀‖ / ‖W₀‖; and the same of what is left of both without their means, near √2
-        for weights that have nothing to do with each other.
+    The square of a sum with random signs has the square of the norm for its mean, whatever the
+    numbers are. Of so many sums the root mean square is about an eighth off.
     """
-    one, other = (_without_mean(sketch, count) for sketch in (before, now))
-    apart = math.dist(one.sums, other.sums)
-    whole = math.hypot(apart, one.mean - other.mean)
-    # Weights that are all but alike have nothing left of their own to be told by.
-    own = max(one.norm, _LEAST * before[0])
-    return _ratio(whole, before[0]), _ratio(apart, own)
-
-
-class _Centred(NamedTuple):
-    """A sketch without the mean: the sums, the norm that is left, and the norm of the mean."""
-
-    sums: tuple[float, ...]
-    norm: float
-    mean: float
-
-
-def _without_mean(sketch: Sequence[float], count: int) -> _Centred:
-    norm, *sums = sketch
-    if count < _FEW:
-        return _Centred(tuple(sums), norm, 0.0)
-    middle = sum(sums) / len(sums)
-    unbiased = math.sqrt(len(sums) / (len(sums) - 1))
-    mean = sum(sums) / math.sqrt(count)
-    left = math.sqrt(max(0.0, norm * norm - mean * mean))
-    return _Centred(tuple(unbiased * (each - middle) for each in sums), left, mean)
-
-
-def _ratio(part: float, whole: float) -> float:
-    return part / whole if whole > 0 else math.inf if part > 0 else 0.0
+    difference = math.dist(before[1:], now[1:]) / math.sqrt(_SUMS)
+    return difference / before[0] if before[0] > 0 else math.inf if difference > 0 else 0.0
 
 
 def require_known(layer: Layer, sketch: Sketch | None, where: str) -> float:
@@ -91,17 +68,20 @@ def require_known(layer: Layer, sketch: Sketch | None, where: str) -> float:
     Raises:
         MismatchError: if the two are hardly alike.
     """
-    weight = layer.weight()
-    now = sketch_of(weight)
+    return require_near(layer.name, sketch_of(layer.weight()), sketch, where)
+
+
+def require_near(name: str, now: Sketch | None, sketch: Sketch | None, where: str) -> float:
+    """`require_known` of a layer's name and sketch."""
     if sketch is None or now is None:
         return 0.0
-    distance, apart = moved(sketch, now, weight.numel())
+    distance = moved(sketch, now)
     # Of a weight that was all zeros, as some begin, nothing can be told.
-    if sketch[0] > 0 and not apart <= _STRANGER:
-        far = f"about {apart:.0%} of their norm" if math.isfinite(apart) else "far"
+    if sketch[0] > 0 and not distance <= STRANGER:
+        far = f"about {distance:.0%} of their norm" if math.isfinite(distance) else "far"
         raise MismatchError(
-            f"layer '{layer.name}' has the shape that the {where} is for and other weights, {far} "
-            f"away: the {where} is of another model, or of this one before it was trained on. "
-            f"Estimate the curvature of this model and plan anew"
+            f"layer '{name}' has the shape that the {where} is for and other weights, {far} away: "
+            f"the {where} is of another model, or of this one before it was trained on. Estimate "
+            f"the curvature of this model and plan anew"
         )
     return min(distance, 1.0)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from eigendamage.batch import Batch
 from eigendamage.batches import Batches, Data
-from eigendamage.calls import call, device_of, logits_of
+from eigendamage.calls import device_of, logits_of, tried_call
 from eigendamage.curvature import Loss, preserved_random_state
 from eigendamage.errors import NonFiniteError
 from eigendamage.layers import Layer, Layers, evaluating, find_layers
@@ -174,7 +174,7 @@ def _replayed(layers: Sequence[Layer], replay: _Replay) -> Generator[None]:
 
 
 def _finite_logits(model: nn.Module, batch: Batch, what: str) -> Tensor:
-    logits = logits_of(call(model, batch))
+    logits = logits_of(tried_call(model, batch))
     if not bool(torch.isfinite(logits).all()):
         raise NonFiniteError(f"{what} holds NaN or infinite values although its input is finite")
     return logits

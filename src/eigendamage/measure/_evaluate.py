@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from eigendamage.batch import Batch
 from eigendamage.batches import Batches, Data
-from eigendamage.calls import call, cannot_run, device_of, logits_of, require_finite
+from eigendamage.calls import call, cannot_run, device_of, logits_of, require_finite, require_module
 from eigendamage.curvature import (
     CrossEntropy,
     Head,
@@ -123,6 +123,8 @@ def evaluate_together(
 
     Args and errors are those of `evaluate`.
     """
+    for model in models:
+        require_module(model)
     head = head_of(loss, reduction)
     tallies = [_Tally(head) for _ in models]
     with ExitStack() as stack:

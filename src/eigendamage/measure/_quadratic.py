@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from eigendamage.batch import Batch
 from eigendamage.batches import Batches, Data
-from eigendamage.calls import call, device_of, logits_of
+from eigendamage.calls import call, device_of, logits_of, tried_call
 from eigendamage.curvature import Loss, preserved_random_state
 from eigendamage.errors import NonFiniteError
 from eigendamage.layers import Layer, evaluating, find_layers
@@ -91,7 +91,7 @@ def joint_quadratic(
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError:
-                call(model, batch)  # raises if it is the model itself that fails
+                tried_call(model, batch)  # raises if it is the model itself that fails
                 return None
             if not bool(torch.isfinite(logits).all() & torch.isfinite(tangent).all()):
                 raise NonFiniteError(

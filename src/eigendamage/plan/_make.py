@@ -10,7 +10,7 @@ from torch import nn
 from eigendamage.curvature import Curvature, EigenvalueKind
 from eigendamage.distributed import from_first, one_fate
 from eigendamage.errors import DataError, EigenDamageError, MismatchError
-from eigendamage.layers import sketch_of
+from eigendamage.layers import Sketch
 from eigendamage.plan._auto import plan_auto
 from eigendamage.plan._blocks import FormChoice, plan_blocks
 from eigendamage.plan._budget import Budget, cost_of
@@ -19,7 +19,12 @@ from eigendamage.plan._channels import RankBy, plan_channels, ranked_per
 from eigendamage.plan._checks import check_options, check_refine, refuse_options_of_auto
 from eigendamage.plan._latency import LatencyTable
 from eigendamage.plan._market import AutoOptions
-from eigendamage.plan._matching import ignored_layers, matching_layers, notes_on_movement
+from eigendamage.plan._matching import (
+    ignored_layers,
+    matching_layers,
+    matching_sketches,
+    notes_on_movement,
+)
 from eigendamage.plan._menus import (
     ACTIONS,
     ActionKind,
@@ -165,6 +170,7 @@ def make_plan(
         )
     _refuse_blind(curvature, method, known)
     layers = matching_layers(model, curvature)
+    sketches = matching_sketches(layers, curvature)
     task = Task(
         model=model,
         curvature=curvature,
@@ -201,7 +207,7 @@ def make_plan(
             result = plan_channels(task, rule, per, torch.Generator().manual_seed(seed))
         case WeightMethod():
             result = plan_weights(task, known)
-    return from_first(_plan(task, method, variant, result))
+    return from_first(_plan(task, sketches, method, variant, result))
 
 
 def _refuse_blind(curvature: Curvature, method: str, known: Method) -> None:
@@ -218,7 +224,13 @@ def _refuse_blind(curvature: Curvature, method: str, known: Method) -> None:
         )
 
 
-def _plan(task: Task, method: str, variant: str | None, result: Result) -> Plan:
+def _plan(
+    task: Task,
+    sketches: Mapping[str, Sketch | None],
+    method: str,
+    variant: str | None,
+    result: Result,
+) -> Plan:
     planned: dict[str, LayerPlan] = {}
     for name, layer in task.layers.items():
         before = layer.cost(task.curvature[name].shape)
@@ -227,7 +239,7 @@ def _plan(task: Task, method: str, variant: str | None, result: Result) -> Plan:
             action=result.actions.get(name) or Keep(reason=result.kept[name]),
             price=result.prices.get(name, 0.0),
             shape=(layer.outputs, layer.inputs, layer.offsets),
-            sketch=sketch_of(layer.weight()),
+            sketch=sketches[name],
             macs=(before.macs, after.macs),
             parameters=(before.parameters, after.parameters),
             calibrated=result.calibrated.get(name),
@@ -248,6 +260,6 @@ def _plan(task: Task, method: str, variant: str | None, result: Result) -> Plan:
         gap=result.gap,
         notes=(
             *(result.notes if result.changes else (nothing,)),
-            *notes_on_movement(task.layers, task.curvature),
+            *notes_on_movement(sketches, task.curvature),
         ),
     )

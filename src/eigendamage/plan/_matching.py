@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from eigendamage.curvature import Curvature, LayerCurvature
 from eigendamage.errors import EigenDamageError, MismatchError, NonFiniteError
-from eigendamage.layers import ON_REQUEST, Layer, find_layers, require_known
+from eigendamage.layers import ON_REQUEST, Layer, Sketch, find_layers, require_near, sketch_of
 
 _ROUNDED = 1e-3  # as a file's bases may be off
 _TELLING = 0.02  # of a weight's norm; rounding to bfloat16 is a tenth of it
@@ -21,7 +21,7 @@ def matching_layers(model: nn.Module, curvature: Curvature) -> dict[str, Layer]:
     """The model's layers that the curvature is of.
 
     Raises:
-        MismatchError: if one is missing, or has another shape or weights of another model.
+        MismatchError: if one is missing or has another shape.
         NonFiniteError: if the curvature of one is not finite, or its bases are none.
     """
     found = find_layers(model)
@@ -39,16 +39,31 @@ def matching_layers(model: nn.Module, curvature: Curvature) -> dict[str, Layer]:
             )
         _require_numbers(name, known)
         layers[name] = layer
-    for name, layer in layers.items():
-        require_known(layer, curvature.sketches.get(name), "curvature")
     return layers
 
 
-def notes_on_movement(layers: Mapping[str, Layer], curvature: Curvature) -> tuple[str, ...]:
-    """What a user should know where weights have moved since their curvature was estimated."""
+def matching_sketches(
+    layers: Mapping[str, Layer], curvature: Curvature
+) -> dict[str, Sketch | None]:
+    """Of the weights as they are.
+
+    Raises:
+        MismatchError: if they are those of another model.
+    """
+    now = {name: sketch_of(layer.weight()) for name, layer in layers.items()}
+    notes_on_movement(now, curvature)
+    return now
+
+
+def notes_on_movement(now: Mapping[str, Sketch | None], curvature: Curvature) -> tuple[str, ...]:
+    """What a user should know where weights have moved since their curvature was estimated.
+
+    Raises:
+        MismatchError: if they are those of another model.
+    """
     moved = {
-        name: require_known(layer, curvature.sketches.get(name), "curvature")
-        for name, layer in layers.items()
+        name: require_near(name, sketch, curvature.sketches.get(name), "curvature")
+        for name, sketch in now.items()
     }
     most = max(moved, key=moved.__getitem__)
     if moved[most] < _TELLING:

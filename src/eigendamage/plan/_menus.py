@@ -14,7 +14,7 @@ from eigendamage.distributed import exchanged, one_fate, rank, shared_out
 from eigendamage.errors import EigenDamageError, NothingToCompressError
 from eigendamage.layers import ChannelGraph, Layer
 from eigendamage.plan._group_menu import GroupMenu, group_menus
-from eigendamage.plan._matching import ignored_layers, matching_layers
+from eigendamage.plan._matching import ignored_layers, matching_layers, matching_sketches
 from eigendamage.plan._menu import LayerMenu, layer_menu, metric_of
 from eigendamage.plan._views import GroupPrices
 from eigendamage.plan.prices.low_rank import refined_basis
@@ -161,6 +161,7 @@ def make_menus(
     wanted = wanted_actions(actions)
     check_multiple(multiple)
     layers = matching_layers(model, curvature)
+    matching_sketches(layers, curvature)
     ignored = ignored_layers(curvature, ignore)
     kept = dict.fromkeys(curvature.classifier, "it is the classifier") | dict(ignored)
     open_layers = {name: layer for name, layer in layers.items() if name not in kept}

@@ -17,11 +17,12 @@ from eigendamage.layers import (
     find_layers,
     fused_calls,
     recounted_origin,
-    require_known,
+    require_near,
     reshaped_origin,
     set_following,
     set_origin,
     sides,
+    sketch_of,
     slice_channels,
 )
 from eigendamage.plan import (
@@ -59,6 +60,24 @@ def apply_plan(model: nn.Module, plan: Plan, curvature: Curvature) -> nn.Module:
     """
     found = find_layers(model).compressible
     _require_fit(model, found, plan, curvature)
+    for name in plan.changed:
+        now = sketch_of(found[name].weight())
+        require_near(name, now, plan.layers[name].sketch, "plan")
+        require_near(name, now, curvature.sketches.get(name), "curvature")
+    return _applied(model, found, plan, curvature)
+
+
+def apply_own_plan(model: nn.Module, plan: Plan, curvature: Curvature) -> nn.Module:
+    """`apply_plan` of a plan that was just made of this model: no weights are compared."""
+    with torch.inference_mode(False):
+        found = find_layers(model).compressible
+        _require_fit(model, found, plan, curvature)
+        return _applied(model, found, plan, curvature)
+
+
+def _applied(
+    model: nn.Module, found: Mapping[str, Layer], plan: Plan, curvature: Curvature
+) -> nn.Module:
     # Replaced modules are built from the original: no need to copy their weights first.
     replaced: dict[int, nn.Module] = {}
     for name, layer_plan in plan.layers.items():
@@ -109,7 +128,7 @@ def _origin(layer: Layer, action: Action) -> Origin:
 def _require_fit(
     model: nn.Module, found: Mapping[str, Layer], plan: Plan, curvature: Curvature
 ) -> None:
-    """Refuse a plan or a curvature of another model: by shapes first, which say more, then weights.
+    """Refuse a plan or a curvature of another model, as far as shapes show.
 
     Raises:
         MismatchError: naming the first layer that does not fit.
@@ -120,9 +139,6 @@ def _require_fit(
         _check_carrier(model, name, carrier)
     for counter in plan.counters:
         _check_counter(model, counter)
-    for name in plan.changed:
-        require_known(found[name], plan.layers[name].sketch, "plan")
-        require_known(found[name], curvature.sketches.get(name), "curvature")
 
 
 def _check(name: str, planned: LayerPlan, layer: Layer | None, curvature: Curvature) -> None:

@@ -8,7 +8,7 @@ from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPriva
 
 from eigendamage.batch import Batch
 from eigendamage.batches import Batches, Data
-from eigendamage.calls import call, device_of, require_gradients_possible
+from eigendamage.calls import device_of, require_gradients_possible, tried_call
 from eigendamage.curvature import preserved_random_state
 from eigendamage.errors import DataError
 from eigendamage.layers import evaluating
@@ -72,7 +72,7 @@ def recalibrate_batchnorm(
 def _run(model: nn.Module, batch: Batch) -> ValueError | None:
     """Run a batch; what batch norm says if one example and one position have no spread."""
     try:
-        call(model, batch)
+        tried_call(model, batch)
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise

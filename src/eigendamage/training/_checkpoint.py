@@ -64,7 +64,8 @@ class Checkpoint:
         ) as error:
             said = (str(error).splitlines() or [""])[0]
             raise FileFormatError(
-                f"{self._path} is not the state of a training run: {said}"
+                f"{self._path} is not the state of a training run, or cut short: {said}. Remove it "
+                f"to train anew"
             ) from error
         if not isinstance(found, dict) or "version" not in found:
             raise FileFormatError(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from eigendamage.batch import Batch
-from eigendamage.calls import call, logits_of, tried_call
+from eigendamage.calls import logits_of, tried_call
 from eigendamage.curvature import Head, PredictiveHead
 from eigendamage.errors import DataError, EigenDamageError, LossError, MismatchError
 
@@ -69,7 +69,7 @@ class Objective:
         if self._original is None or by_labels:
             return self._labels(output, batch)
         with torch.no_grad(), _watched(self._original, self._features) as its:
-            target = logits_of(call(self._original, batch))
+            target = logits_of(tried_call(self._original, batch))
         loss = self._distillation(target, output, batch)
         if self._head.has_target(batch) and self._label_share > 0:
             share = self._label_share
@@ -102,7 +102,7 @@ class Objective:
         """What the original predicts."""
         assert self._original is not None
         with torch.no_grad():
-            return logits_of(call(self._original, batch))
+            return logits_of(tried_call(self._original, batch))
 
     def divergence(self, model: nn.Module, judged: tuple[Batch, Tensor]) -> tuple[Tensor, int]:
         """The divergence from what the original predicts, summed, and over how many.
@@ -112,7 +112,7 @@ class Objective:
             judged: a held-out batch and the original's `target` for it.
         """
         batch, target = judged
-        return self._divergence(call(model, batch), batch, target)
+        return self._divergence(tried_call(model, batch), batch, target)
 
     def _divergence(self, output: Any, batch: Batch, target: Tensor) -> tuple[Tensor, int]:
         assert isinstance(self._head, PredictiveHead)
