@@ -15,8 +15,9 @@ from torch import nn
 import eigendamage as ed
 from eigendamage.curvature import Curvature, estimate_curvature, load_curvature, save_curvature
 from eigendamage.errors import FileFormatError, MismatchError
-from eigendamage.layers import Layer, moved, require_known, sketch_of
+from eigendamage.layers import Layer, require_known, sketch_of
 from eigendamage.layers._find import find_layers
+from eigendamage.layers._sketch import moved
 from eigendamage.plan import Budget, Plan, make_menus, make_plan
 from eigendamage.surgery import apply_plan
 

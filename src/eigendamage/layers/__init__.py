@@ -20,9 +20,7 @@ from eigendamage.layers._origin import (
     set_origin,
 )
 from eigendamage.layers._sketch import (
-    STRANGER,
     Sketch,
-    moved,
     require_known,
     require_near,
     sketch_of,
@@ -47,7 +45,6 @@ __all__ = [
     "FORMS",
     "ON_REQUEST",
     "PACKING",
-    "STRANGER",
     "SWITCHES",
     "Carrier",
     "ChannelGraph",
@@ -83,7 +80,6 @@ __all__ = [
     "fused_calls",
     "join",
     "kept_indices",
-    "moved",
     "origin_of",
     "own_tensors",
     "preserved_random_state",

@@ -22,8 +22,7 @@ _SUMS = 32
 Sketch = Annotated[tuple[FiniteFloat, ...], Field(min_length=_SUMS + 1, max_length=_SUMS + 1)]
 """A weight's norm, and its sums with so many fixed patterns of signs (AMS; Alon, Matias and Szegedy
 1996)."""
-STRANGER = 0.6
-"""The fraction of a weight's norm from which on another is of another model."""
+_STRANGER = 0.6  # of a weight's norm, from which on another is of another model
 _ROW = 1021  # prime, so that no row of a weight begins where a row of signs does
 
 
@@ -77,7 +76,7 @@ def require_near(name: str, now: Sketch | None, sketch: Sketch | None, where: st
         return 0.0
     distance = moved(sketch, now)
     # Of a weight that was all zeros, as some begin, nothing can be told.
-    if sketch[0] > 0 and not distance <= STRANGER:
+    if sketch[0] > 0 and not distance <= _STRANGER:
         far = f"about {distance:.0%} of their norm" if math.isfinite(distance) else "far"
         raise MismatchError(
             f"layer '{name}' has the shape that the {where} is for and other weights, {far} away: "

@@ -51,20 +51,21 @@ def matching_sketches(
         MismatchError: if they are those of another model.
     """
     now = {name: sketch_of(layer.weight()) for name, layer in layers.items()}
-    notes_on_movement(now, curvature)
+    _movement(now, curvature)
     return now
 
 
-def notes_on_movement(now: Mapping[str, Sketch | None], curvature: Curvature) -> tuple[str, ...]:
-    """What a user should know where weights have moved since their curvature was estimated.
-
-    Raises:
-        MismatchError: if they are those of another model.
-    """
-    moved = {
+def _movement(now: Mapping[str, Sketch | None], curvature: Curvature) -> dict[str, float]:
+    """By what fraction of their norm weights have moved since; those of another model raise."""
+    return {
         name: require_near(name, sketch, curvature.sketches.get(name), "curvature")
         for name, sketch in now.items()
     }
+
+
+def notes_on_movement(now: Mapping[str, Sketch | None], curvature: Curvature) -> tuple[str, ...]:
+    """What a user should know where weights have moved since their curvature was estimated."""
+    moved = _movement(now, curvature)
     most = max(moved, key=moved.__getitem__)
     if moved[most] < _TELLING:
         return ()
