@@ -215,7 +215,9 @@ def test_no_more_examples_are_used_than_allowed(compressed: ed.Compressed) -> No
 
 def test_what_cannot_be_held_out_is_refused_with_what_to_do() -> None:
     batches = [{"image": b, "shift": torch.zeros(len(b)).double()} for b in _batches()]
-    with pytest.raises(ed.DataError, match="give at least 5 batches, or repair=False"):
+    with pytest.raises(
+        ed.DataError, match=r"takes at least 5 batches .* has 4\. Give more, or repair=F"
+    ):
         _compress(_Named().eval(), batches[:4])
     with pytest.raises(ed.DataError, match="batches of one example"):
         _compress(_model(), _inputs(1))

@@ -18,7 +18,7 @@ import eigendamage as ed
 from eigendamage.batch import as_batch
 from eigendamage.curvature import head_of
 from eigendamage.curvature._head import PredictiveHead
-from eigendamage.errors import LossError, MismatchError, NonFiniteError, ShapeError
+from eigendamage.errors import DataError, LossError, MismatchError, NonFiniteError, ShapeError
 from eigendamage.layers import evaluating, find_layers
 from eigendamage.measure import Change, divergences_alone, joint_quadratic, planned_changes
 from eigendamage.measure import _alone as alone
@@ -425,7 +425,7 @@ def test_nothing_is_left_behind(sizes: tuple[int, int]) -> None:
         lambda: divergences_alone(model, {"all": [changes]}, data(), progress=False),
     ):
         if 2 in sizes:
-            with pytest.raises(RuntimeError, match="a batch of two"):
+            with pytest.raises(DataError, match=r"\(2, 3\) \(batch 1\): a batch of two"):
                 measure()
         else:
             measure()
